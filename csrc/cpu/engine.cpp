@@ -1,0 +1,334 @@
+#include "engine.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <thread>
+
+#include "kernels.h"
+
+namespace fusedopt::cpu {
+namespace {
+
+// ---- instruction sets ------------------------------------------------------------------------------------------
+
+struct NamedKernels {
+  const char* isa;
+  const Kernels* kernels;
+};
+
+std::vector<NamedKernels> find_kernels() {
+  std::vector<NamedKernels> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    found.push_back({"x86_64_v4", &kernels_x86_64_v4});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    found.push_back({"x86_64_v3", &kernels_x86_64_v3});
+  if (__builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"))
+    found.push_back({"x86_64_v2", &kernels_x86_64_v2});
+#else
+  found.push_back({"baseline", &kernels_baseline});
+#endif
+  return found;
+}
+
+const std::vector<NamedKernels>& all_kernels() {
+  static const std::vector<NamedKernels> found = find_kernels();
+  return found;
+}
+
+size_t chosen_kernels = 0;
+
+const Kernels& kernels() { return *all_kernels()[chosen_kernels].kernels; }
+
+// ---- threads ---------------------------------------------------------------------------------------------------
+
+// OpenMP's worker threads do not survive fork, and using them in the child waits for ever. A child takes plain threads.
+std::atomic<bool> is_forked_child{false};
+const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
+
+// Calls body(i) once for each i in [0, count), from up to num_threads threads.
+template <class Body>
+void parallel_for(int64_t count, int num_threads, const Body& body) {
+  if (num_threads > count) num_threads = int(count);
+  if (num_threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+#if defined(_OPENMP)
+  if (!is_forked_child) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+#endif
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i = next++; i < count; i = next++) body(i);
+  };
+  std::vector<std::thread> team;
+  for (int i = 1; i < num_threads; ++i) team.emplace_back(work);
+  work();
+  for (std::thread& thread : team) thread.join();
+}
+
+// ---- elements --------------------------------------------------------------------------------------------------
+
+// Copies `count` elements, from the one at position `begin` in row-major order, between a strided tensor and a tile.
+template <class Bits, bool to_tile>
+void copy_strided(const Operand& operand, const std::vector<int64_t>& shape, int64_t begin, int64_t count, void* tile) {
+  const int last = int(shape.size()) - 1;
+  std::vector<int64_t> index(shape.size());
+  int64_t offset = 0;
+  for (int dim = last; dim >= 0; --dim) {
+    index[dim] = begin % shape[dim];
+    begin /= shape[dim];
+    offset += index[dim] * operand.strides[dim];
+  }
+  Bits* data = reinterpret_cast<Bits*>(operand.data);
+  Bits* packed = static_cast<Bits*>(tile);
+  for (int64_t i = 0; i < count; ++i) {
+    if (to_tile) {
+      packed[i] = data[offset];
+    } else {
+      data[offset] = packed[i];
+    }
+    for (int dim = last; dim >= 0; --dim) {
+      offset += operand.strides[dim];
+      if (++index[dim] < shape[dim]) break;
+      offset -= index[dim] * operand.strides[dim];
+      index[dim] = 0;
+    }
+  }
+}
+
+template <bool to_tile>
+void copy_strided(const Operand& operand, const std::vector<int64_t>& shape, int64_t begin, int64_t count, void* tile) {
+  switch (itemsize(operand.dtype)) {
+    case 2: return copy_strided<uint16_t, to_tile>(operand, shape, begin, count, tile);
+    case 4: return copy_strided<uint32_t, to_tile>(operand, shape, begin, count, tile);
+    default: return copy_strided<uint64_t, to_tile>(operand, shape, begin, count, tile);
+  }
+}
+
+struct alignas(64) Tile {
+  char bytes[tile_elements * sizeof(double)];
+};
+
+// The stored elements of an operand as one contiguous run: where they lie, or gathered into `tile`.
+const void* contiguous(const Operand& operand, const std::vector<int64_t>& shape, int64_t begin, int64_t count,
+                       Tile& tile) {
+  if (operand.strides == nullptr) return operand.data + begin * itemsize(operand.dtype);
+  copy_strided<true>(operand, shape, begin, count, tile.bytes);
+  return tile.bytes;
+}
+
+Compute compute_of(const Entry& entry) {
+  return entry.operands[Entry::param].dtype == DType::float64 ? in_double : in_float;
+}
+
+DType dtype_of(Compute compute) { return compute == in_double ? DType::float64 : DType::float32; }
+
+// The operand's values in the compute type: in place where memory already holds just that, else decoded into `values`.
+void* fetch(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
+  if (operand.data == nullptr) return nullptr;
+  if (operand.dtype == dtype_of(compute)) return const_cast<void*>(contiguous(operand, entry.shape, begin, count, values));
+  Tile stored;
+  kernels().load[compute][int(operand.dtype)](contiguous(operand, entry.shape, begin, count, stored), values.bytes, count);
+  return values.bytes;
+}
+
+// The reverse of fetch: nothing to do where the values were updated in place.
+void put_back(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
+  if (operand.data == nullptr) return;
+  const bool is_strided = operand.strides != nullptr;
+  if (operand.dtype == dtype_of(compute)) {
+    if (is_strided) copy_strided<false>(operand, entry.shape, begin, count, values.bytes);
+    return;
+  }
+  Tile stored;
+  void* target = is_strided ? stored.bytes : operand.data + begin * itemsize(operand.dtype);
+  kernels().store[compute][int(operand.dtype)](values.bytes, target, count);
+  if (is_strided) copy_strided<false>(operand, entry.shape, begin, count, stored.bytes);
+}
+
+void update_run(const Entry& entry, const void* rule, int64_t begin, int64_t count, Tile* tiles) {
+  constexpr int num_operands = Entry::first_state + max_states;
+  const Compute compute = compute_of(entry);
+  void* values[num_operands];
+  for (int i = 0; i < num_operands; ++i) values[i] = fetch(entry.operands[i], entry, compute, begin, count, tiles[i]);
+  kernels().update[compute][entry.rule](rule, values[Entry::param], values[Entry::grad], values + Entry::first_state, count);
+  for (int i = 0; i < num_operands; ++i) {
+    if (i != Entry::grad) put_back(entry.operands[i], entry, compute, begin, count, tiles[i]);
+  }
+}
+
+// Whether the rule can work on memory itself, chunk by chunk, with no tile in between.
+bool is_direct(const Entry& entry) {
+  for (const Operand& operand : entry.operands) {
+    if (operand.data && (operand.dtype != dtype_of(compute_of(entry)) || operand.strides != nullptr)) return false;
+  }
+  return true;
+}
+
+double sum_of_squares(const Entry& entry, int64_t begin, int64_t count, double scale) {
+  const Operand& grad = entry.operands[Entry::grad];
+  const auto sum = kernels().sum_of_squares[int(grad.dtype)];
+  if (grad.strides == nullptr) return sum(grad.data + begin * itemsize(grad.dtype), scale, count);
+  double total = 0;
+  Tile tile;
+  for (int64_t done = 0; done < count; done += tile_elements) {
+    const int64_t n = std::min<int64_t>(tile_elements, count - done);
+    total += sum(contiguous(grad, entry.shape, begin + done, n, tile), scale, n);
+  }
+  return total;
+}
+
+double scaled_norm(Table& table, double scale, int num_threads) {
+  parallel_for(int64_t(table.batches.size()), num_threads, [&](int64_t i) {
+    for (int32_t c = table.batches[i].begin; c < table.batches[i].end; ++c) {
+      const Chunk& chunk = table.chunks[c];
+      const Entry& entry = table.entries[chunk.entry];
+      table.partial_sums[c] = entry.is_active ? sum_of_squares(entry, chunk.begin, chunk.count, scale) : 0.0;
+    }
+  });
+  double total = 0;
+  for (const double partial : table.partial_sums) total += partial;
+  return std::sqrt(total) / scale;
+}
+
+// ---- scalars ---------------------------------------------------------------------------------------------------
+
+// A rule's functor: the scalars of one step, as plain bytes.
+struct alignas(16) Functor {
+  char bytes[128];
+};
+
+template <class Rule>
+void prepare(const double* hyper, double grad_coef, double step, double& extra, Functor& functor) {
+  static_assert(sizeof(Rule) <= sizeof(Functor));
+  const Rule rule = Rule::prepare(*reinterpret_cast<const typename Rule::Hyper*>(hyper), grad_coef, step, extra);
+  std::memcpy(functor.bytes, &rule, sizeof(Rule));
+}
+
+using Prepare = void (*)(const double*, double, double, double&, Functor&);
+
+template <class T>
+constexpr Prepare prepares[num_rules] = {
+#define FO_PREPARE(name, ...) &prepare<__VA_ARGS__>,
+    FO_RULES(FO_PREPARE)
+#undef FO_PREPARE
+};
+
+double read_extra(const Entry& entry) {
+  if (entry.extra == nullptr) return 0;
+  return entry.extra_dtype == DType::float64 ? *reinterpret_cast<double*>(entry.extra)
+                                             : *reinterpret_cast<float*>(entry.extra);
+}
+
+void write_extra(const Entry& entry, double value) {
+  if (entry.extra == nullptr) return;
+  if (entry.extra_dtype == DType::float64) {
+    *reinterpret_cast<double*>(entry.extra) = value;
+  } else {
+    *reinterpret_cast<float*>(entry.extra) = float(value);
+  }
+}
+
+// One functor for all neighbours that share everything it depends on: usually one for a whole group.
+struct FunctorKey {
+  int rule, group;
+  Compute compute;
+  double step, extra;
+  bool operator==(const FunctorKey& other) const {
+    return rule == other.rule && group == other.group && compute == other.compute && step == other.step &&
+           extra == other.extra;
+  }
+};
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const NamedKernels& found : all_kernels()) names.emplace_back(found.isa);
+  return names;
+}
+
+bool set_isa(const std::string& name) {
+  for (size_t i = 0; i < all_kernels().size(); ++i) {
+    if (name == all_kernels()[i].isa) {
+      chosen_kernels = i;
+      return true;
+    }
+  }
+  return false;
+}
+
+std::string isa() { return all_kernels().empty() ? "" : all_kernels()[chosen_kernels].isa; }
+
+double grad_norm(Table& table, int num_threads) {
+  const double norm = scaled_norm(table, 1.0, num_threads);
+  // The squares of float32 and narrower neither overflow nor vanish in double; those of float64 do, far from 1.
+  if (std::isnan(norm) || (norm > 0x1p-480 && norm < 0x1p510)) return norm;
+  for (const Entry& entry : table.entries) {
+    if (entry.is_active && entry.operands[Entry::grad].dtype == DType::float64)
+      return scaled_norm(table, norm < 1 ? 0x1p540 : 0x1p-540, num_threads);
+  }
+  return norm;
+}
+
+int64_t first_nonfinite(const Table& table) {
+  for (size_t i = 0; i < table.entries.size(); ++i) {
+    const Entry& entry = table.entries[i];
+    if (!entry.is_active) continue;
+    // Small enough that no finite value overflows.
+    if (!std::isfinite(sum_of_squares(entry, 0, entry.numel, 0x1p-540))) return int64_t(i);
+  }
+  return -1;
+}
+
+void update(Table& table, const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
+            int num_threads) {
+  std::vector<Functor> functors;
+  std::vector<uint32_t> functor_of(table.entries.size());
+  FunctorKey last{-1, -1, in_float, 0, 0};
+  double new_extra = 0;
+  for (size_t i = 0; i < table.entries.size(); ++i) {
+    const Entry& entry = table.entries[i];
+    if (!entry.is_active) continue;
+    *entry.step += 1;
+    const FunctorKey key{entry.rule, entry.group, compute_of(entry), *entry.step, read_extra(entry)};
+    if (!(key == last)) {
+      new_extra = key.extra;
+      const Prepare* prepare = key.compute == in_double ? prepares<double> : prepares<float>;
+      prepare[key.rule](hyper[key.group].data(), grad_coef[key.group], key.step, new_extra, functors.emplace_back());
+      last = key;
+    }
+    write_extra(entry, new_extra);
+    functor_of[i] = uint32_t(functors.size() - 1);
+  }
+
+  // Backwards, because the norm went forwards: the gradients it read last are still in the cache.
+  const int64_t num_batches = int64_t(table.batches.size());
+  parallel_for(num_batches, num_threads, [&](int64_t i) {
+    Tile tiles[Entry::first_state + max_states];
+    const Batch& batch = table.batches[num_batches - 1 - i];
+    for (int32_t c = batch.begin; c < batch.end; ++c) {
+      const Chunk& chunk = table.chunks[c];
+      const Entry& entry = table.entries[chunk.entry];
+      if (!entry.is_active) continue;
+      const int64_t run = is_direct(entry) ? chunk.count : tile_elements;
+      for (int64_t done = 0; done < chunk.count; done += run) {
+        const int64_t count = std::min<int64_t>(run, chunk.count - done);
+        update_run(entry, functors[functor_of[chunk.entry]].bytes, chunk.begin + done, count, tiles);
+      }
+    }
+  });
+}
+
+}  // namespace fusedopt::cpu

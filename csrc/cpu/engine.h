@@ -1,0 +1,29 @@
+// Runs any rule over a table of tensors in host memory.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../plan.h"
+
+namespace fusedopt::cpu {
+
+// The instruction sets of this build that this CPU has, widest first.
+std::vector<std::string> available_isas();
+
+// Which one is used: the first of available_isas() until set. False if `name` is not available.
+bool set_isa(const std::string& name);
+std::string isa();
+
+// 2-norm of all active gradients, accumulated in double in an order that only the table fixes. NaN and inf as they come.
+double grad_norm(Table& table, int num_threads);
+
+// Index of the first active entry whose gradient holds a NaN or an infinity; -1 if none.
+int64_t first_nonfinite(const Table& table);
+
+// Advances every active entry by one step. hyper[group] holds the rule's hyperparameters in the order of its
+// hyper_names; grad_coef[group] multiplies the gradients (sign, unscaling and clipping).
+void update(Table& table, const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
+            int num_threads);
+
+}  // namespace fusedopt::cpu

@@ -1,0 +1,36 @@
+// The table of functions that is compiled once per instruction set (kernels.inl) and picked at run time (engine.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "../rules/all.h"
+#include "../storage.h"
+
+namespace fusedopt::cpu {
+
+// Tiles that need decoding are this long: small enough to stay in the L1 cache with five of their kind.
+constexpr int tile_elements = 256;
+
+enum Compute { in_float, in_double };  // float64 parameters compute in double, all others in float
+
+// param, grad and the states of `count` elements, all in the compute type; `rule` is the functor.
+using UpdateLoop = void (*)(const void* rule, void* param, const void* grad, void* const* state, int64_t count);
+// `count` values from one format to another.
+using ConvertLoop = void (*)(const void* from, void* to, int64_t count);
+// Sum of (scale * x)^2 over `count` values.
+using SumLoop = double (*)(const void* values, double scale, int64_t count);
+
+struct Kernels {
+  const UpdateLoop* update[2];           // [compute][rule]
+  ConvertLoop load[2][num_dtypes];       // [compute][dtype]; null: not computed with in that type
+  ConvertLoop store[2][num_dtypes];      // [compute][dtype]
+  SumLoop sum_of_squares[num_dtypes];    // [dtype]; the same bits for every instruction set
+};
+
+#if defined(__x86_64__)
+extern const Kernels kernels_x86_64_v2, kernels_x86_64_v3, kernels_x86_64_v4;
+#else
+extern const Kernels kernels_baseline;  // on Arm64 that is NEON
+#endif
+
+}  // namespace fusedopt::cpu

@@ -1,0 +1,82 @@
+// The tensor table and the chunk table of one bucket: what an engine walks, kept from step to step. Plain addresses;
+// whoever fills the table (bindings.cpp) keeps the tensors alive and the addresses current.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "storage.h"
+
+namespace fusedopt {
+
+constexpr int max_states = 3;
+
+// One tensor as an update sees it. `strides` (in elements, one per dimension of the entry's shape; owned by whoever fills
+// the table) is null where the elements are walked in memory order, which any dense layout allows if all of the entry's
+// tensors share it.
+struct Operand {
+  char* data = nullptr;  // null: the rule does not store this state
+  DType dtype = DType::float32;
+  const int64_t* strides = nullptr;
+};
+
+// One parameter with everything its update touches.
+struct Entry {
+  static constexpr int param = 0, grad = 1, first_state = 2;
+
+  Operand operands[first_state + max_states];
+  std::vector<int64_t> shape;
+  int64_t numel = 0;
+  int rule = 0;              // index into the rules
+  int group = 0;             // index into the hyperparameters of a step
+  float* step = nullptr;     // the parameter's step count, advanced by an update
+  char* extra = nullptr;     // a second scalar that some rules keep per parameter, float32 or float64; or null
+  DType extra_dtype = DType::float32;
+  bool is_active = false;    // has a gradient in this step
+};
+
+// What one thread takes at a time: `count` elements of an entry. Fixed by the plan, never by the number of threads, so
+// that partial sums and therefore results do not depend on it.
+struct Chunk {
+  int32_t entry;
+  int32_t count;
+  int64_t begin;
+};
+
+// A run of chunks [begin, end) large enough to be worth handing to a thread.
+struct Batch {
+  int32_t begin, end;
+};
+
+struct Table {
+  static constexpr int64_t chunk_elements = 1 << 15;
+  static constexpr int64_t batch_elements = 1 << 14;
+
+  std::vector<Entry> entries;
+  std::vector<Chunk> chunks;
+  std::vector<Batch> batches;
+  std::vector<double> partial_sums;  // one per chunk
+
+  void make_chunks() {
+    chunks.clear();
+    batches.clear();
+    int64_t in_batch = 0;
+    for (size_t i = 0; i < entries.size(); ++i) {
+      for (int64_t begin = 0; begin < entries[i].numel; begin += chunk_elements) {
+        const int64_t left = entries[i].numel - begin;
+        const int64_t count = left < chunk_elements ? left : chunk_elements;
+        const int32_t index = int32_t(chunks.size());
+        chunks.push_back({int32_t(i), int32_t(count), begin});
+        if (batches.empty() || in_batch >= batch_elements) {
+          batches.push_back({index, index});
+          in_batch = 0;
+        }
+        batches.back().end = index + 1;
+        in_batch += count;
+      }
+    }
+    partial_sums.assign(chunks.size(), 0.0);
+  }
+};
+
+}  // namespace fusedopt

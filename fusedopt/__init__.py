@@ -1,0 +1,16 @@
+"""fusedopt: the optimizer step of torch.optim, fused over all tensors, with the gradient clip inside.
+
+    from fusedopt import AdamW
+
+    opt = AdamW(model.parameters(), lr=3e-4, max_grad_norm=1.0)
+    loss.backward()
+    opt.step()  # global norm, clip and update; opt.grad_norm is the norm
+"""
+
+import torch  # noqa: F401  first, so that the extension shares torch's OpenMP runtime
+
+from fusedopt.clip import clip_grad_norm_
+from fusedopt.optimizers import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RMSprop
+
+__version__ = "0.1.0"
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RMSprop", "clip_grad_norm_"]

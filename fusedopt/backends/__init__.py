@@ -1,0 +1,56 @@
+"""Which backend works on which device, and why. A backend is a module with `unavailable()` and a `Bucket` class.
+
+`Bucket(rule, entries)` takes the entries of one device and offers `entries`, `refresh() -> bool`, `grad_norm() -> float`,
+`first_nonfinite() -> int` (an index into `entries`, or -1), `update(scalars, grad_coefs)` (one of each per group) and
+`release()`. `unavailable()` is None, or the reason why the backend cannot be used on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+
+from fusedopt.backends import cpu, cuda, reference, triton
+
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
+
+
+def resolve(name: str | None) -> str:
+    """The backend asked for: the argument, else FUSEDOPT_BACKEND, else "auto".
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: it cannot be used on this machine; the message says why.
+    """
+    source = "backend" if name is not None else "FUSEDOPT_BACKEND"
+    name = name if name is not None else os.environ.get("FUSEDOPT_BACKEND") or "auto"
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    reason = None if name == "auto" else BACKENDS[name].unavailable()
+    if reason is not None:
+        raise RuntimeError(f"{source}={name!r} cannot be used: {reason}")
+    return name
+
+
+def choose(device: torch.device, name: str | None) -> ModuleType:
+    """The backend module for the tensors of one device."""
+    resolved = resolve(name)
+    if resolved != "auto":
+        module = BACKENDS[resolved]
+        if not module.supports(device):
+            raise RuntimeError(f"backend={resolved!r} does not work on {device}; use backend='auto' or 'reference'")
+        return module
+    return BACKENDS[explain(device)[0]]
+
+
+def explain(device: torch.device) -> tuple[str, dict[str, str]]:
+    """What "auto" picks for a device, and for each faster backend why not."""
+    passed_over = {}
+    for name, module in BACKENDS.items():
+        reason = module.unavailable() if module.supports(device) else f"does not work on {device.type}"
+        if reason is None:
+            return name, passed_over
+        passed_over[name] = reason
+    raise AssertionError("the reference works everywhere")

@@ -1,0 +1,14 @@
+"""The Triton kernels (kernels/, installed as fusedopt.kernels)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def unavailable() -> str | None:
+    """Why not: this version has no Triton kernels."""
+    return "this version has no Triton kernels yet"
+
+
+def supports(device: torch.device) -> bool:
+    return device.type in ("cuda", "xpu")

@@ -1,0 +1,272 @@
+"""The torch.optim contract: groups, state, checkpoints, hooks, AMP, and `step`. No formula and no memory address here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+
+from fusedopt import backends, clip
+from fusedopt.errors import name_param
+from fusedopt.plan import PARAM_DTYPES, Plan, state_dtype
+from fusedopt.rules import Rule, check_options
+
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers: everything but the rule.
+
+    Args:
+        params: as for any torch.optim optimizer: tensors, ``(name, tensor)`` pairs, or dicts of groups.
+        defaults: the options of a group under torch.optim's names.
+        own_options: options that torch.optim does not have. A group mentions one only if it is not at its default, so
+            that a checkpoint made with torch's options has exactly torch's keys.
+        max_grad_norm: clip to this global 2-norm in every step; None: do not.
+        nonfinite: what to do when the gradient norm is NaN or infinite: ``"propagate"`` it as torch does, ``"skip"`` the
+            step (counted in `skipped_steps`), or raise an ``"error"`` that names the parameter.
+        backend: ``"auto"``, ``"cpu"`` or ``"reference"``; None: the environment's FUSEDOPT_BACKEND, else ``"auto"``.
+    """
+
+    rule: ClassVar[Rule]
+    # Tells torch.amp.GradScaler that step() takes grad_scale and found_inf from attributes which the scaler sets.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable,
+        defaults: dict[str, Any],
+        own_options: Mapping[str, Any],
+        max_grad_norm: float | None,
+        nonfinite: str,
+        backend: str | None,
+    ):
+        if defaults.get("differentiable"):
+            raise RuntimeError(f"{type(self).__name__} does not support differentiable=True; use torch.optim for it")
+        self._clip = clip.Clip(max_grad_norm, nonfinite)
+        self._backend = backend
+        backends.resolve(backend)
+        self._plan: Plan | None = None
+        changed = {name: value for name, value in own_options.items() if value != self.rule.own_options[name]}
+        super().__init__(params, {**defaults, **changed})
+
+    # ---- groups ------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group as torch does; raises ValueError or TypeError, adding nothing, if its options are out of range."""
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        group = self.param_groups[index]
+        try:
+            where = f"{type(self).__name__}: param_groups[{index}]"
+            if group.get("differentiable"):
+                raise ValueError(f"{where}: differentiable=True is not supported")
+            try:
+                check_options(self.rule, group)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{where}: {error}") from None
+            names = group.get("param_names", [None] * len(group["params"]))
+            for i, (param, name) in enumerate(zip(group["params"], names, strict=True)):
+                if param.requires_grad and param.dtype not in PARAM_DTYPES:
+                    supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
+                    raise TypeError(
+                        f"{type(self).__name__}: {name_param(index, i, name, param)}: "
+                        f"parameters of this dtype are not supported (supported: {supported})"
+                    )
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    # ---- the step ----------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called first, with gradients enabled.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: naming the parameter or option at fault. Then parameters, states and
+                step counts are exactly what they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self._current_plan("step")
+        try:
+            coef = self._clip.take(plan, *self._amp())
+            if coef is not None:
+                plan.update(coef)
+        finally:
+            self._let_go(plan)
+        return loss
+
+    def _amp(self) -> tuple[float, bool]:
+        """GradScaler's attributes: what to divide gradients by, and whether it found a gradient that is not finite."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return 1.0 if grad_scale is None else float(grad_scale), found_inf is not None and bool(found_inf)
+
+    def _current_plan(self, caller: str) -> Plan:
+        """The plan for the gradients there are now, validated and holding them; nothing has been changed."""
+        plan = self._plan
+        if plan is None or not plan.refresh(self.param_groups, self.state):
+            self._plan = None
+            owner = f"{type(self).__name__}.{caller}"
+            plan = Plan(owner, self.rule, self.param_groups, self.state, self._backend)
+            plan.refresh(self.param_groups, self.state)
+            self._plan = plan
+        return plan
+
+    def _let_go(self, plan: Plan) -> None:
+        """Ends the use of a plan; state made for an update that did not happen goes."""
+        plan.release()
+        if plan.discard_fresh_state():
+            self._plan = None
+
+    @contextlib.contextmanager
+    def _planned(self, caller: str) -> Iterator[Plan]:
+        plan = self._current_plan(caller)
+        try:
+            yield plan
+        finally:
+            self._let_go(plan)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch; also forgets a `clip_grad_norm_` that no step has used."""
+        super().zero_grad(set_to_none)
+        self._clip.forget()
+
+    # ---- clipping ----------------------------------------------------------------------------------------------
+
+    def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> torch.Tensor:
+        """Clips by global norm at the next `step`; see `fusedopt.clip_grad_norm_`. Gradients are not written."""
+        return clip.clip_grad_norm_(self, max_norm, error_if_nonfinite=error_if_nonfinite)
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """Global 2-norm of the last unscaled gradients before clipping, 0-d; None before a step or clip computed one."""
+        return self._clip.grad_norm
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The limit that every step clips to; None: no clipping. May be changed between steps."""
+        return self._clip.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._clip.max_grad_norm = clip.check_max_norm("max_grad_norm", value)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps changed nothing because a gradient was not finite."""
+        return self._clip.skipped_steps
+
+    # ---- copies and checkpoints --------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_clip": self._clip, "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    @torch.compiler.disable
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class or of its twin in torch.optim. The dict is neither changed nor kept.
+
+        States become float32 (float64 for float64 parameters) on their parameter's device, whatever they were saved in.
+
+        Raises:
+            ValueError: the checkpoint is of another model or class; the first differences are listed. Then the
+                optimizer is unchanged.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        param_groups = deepcopy(state_dict["param_groups"])
+        differences = [*self._group_differences(param_groups)]
+        if not differences:
+            pairs = zip(self.param_groups, param_groups, strict=True)
+            ids = [
+                (saved_id, param, f"param_groups[{g}]['params'][{i}]", saved)
+                for g, (group, saved) in enumerate(pairs)
+                for i, (saved_id, param) in enumerate(zip(saved["params"], group["params"], strict=True))
+            ]
+            differences = [*self._state_differences(ids, state_dict["state"])]
+        if differences:
+            listed = "\n  ".join(differences[:5])
+            more = f"\n  and {len(differences) - 5} more" if len(differences) > 5 else ""
+            raise ValueError(
+                f"{type(self).__name__}.load_state_dict: the checkpoint does not fit this optimizer, "
+                f"which is unchanged:\n  {listed}{more}"
+            )
+
+        state = defaultdict(dict)
+        known = {saved_id for saved_id, *_ in ids}
+        for saved_id, param, _, _ in ids:
+            if saved_id in state_dict["state"]:
+                saved = state_dict["state"][saved_id]
+                state[param] = {name: self._loaded(param, name, value) for name, value in saved.items() if value is not None}
+        state.update({key: deepcopy(value) for key, value in state_dict["state"].items() if key not in known})
+        for group, saved in zip(self.param_groups, param_groups, strict=True):
+            saved["params"] = group["params"]
+            if "param_names" in group:
+                saved.setdefault("param_names", group["param_names"])
+        self.__setstate__({"state": state, "param_groups": param_groups})
+        self._clip.forget()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _group_differences(self, saved_groups: list[dict[str, Any]]) -> Iterator[str]:
+        if len(saved_groups) != len(self.param_groups):
+            yield f"it has {len(saved_groups)} parameter groups, the optimizer {len(self.param_groups)}"
+            return
+        for g, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            if len(saved["params"]) != len(group["params"]):
+                yield f"param_groups[{g}] has {len(saved['params'])} parameters, the optimizer's {len(group['params'])}"
+            try:
+                check_options(self.rule, {**self.defaults, **saved})
+            except (ValueError, TypeError) as error:
+                yield f"param_groups[{g}]: {error}"
+
+    def _state_differences(self, ids: list[tuple], saved_state: dict[Any, dict[str, Any]]) -> Iterator[str]:
+        for saved_id, param, where, saved_group in ids:
+            saved = saved_state.get(saved_id)
+            if not saved or all(value is None for value in saved.values()):
+                continue
+            for slot in self.rule.stored({**self.defaults, **saved_group}):
+                if slot is None:
+                    continue
+                value = saved.get(slot.name)
+                if value is None:
+                    if slot.option is None:
+                        yield f"{where}: state {slot.name!r} is missing (it has {', '.join(map(str, saved))})"
+                elif not isinstance(value, torch.Tensor) or value.shape != param.shape:
+                    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+                    yield f"{where}: state {slot.name!r} has shape {shape}, the parameter {tuple(param.shape)}"
+            step = saved.get("step")
+            if step is not None and not float(step) >= 0:
+                yield f"{where}: step is {float(step)}"
+
+    def _loaded(self, param: torch.Tensor, name: str, value: Any) -> Any:
+        """A copy of one saved value in the form that steps keep it in."""
+        if name in {slot.name for slot in self.rule.states}:
+            own = torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)
+            return own.copy_(value)
+        if name == "step" or name == self.rule.extra:
+            dtype = torch.float32 if name == "step" else state_dtype(param)
+            return torch.tensor(float(value), dtype=dtype)
+        return value.detach().clone() if isinstance(value, torch.Tensor) else deepcopy(value)

@@ -1,0 +1,86 @@
+"""AdaGrad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.rules import RULES
+
+
+class Adagrad(FusedOptimizer):
+    r"""AdaGrad: every element's step shrinks with the squares of its gradients so far. For :class:`torch.optim.Adagrad`.
+
+    Suits sparse features, where rare elements keep large steps. Usual lr: 0.01 to 0.1.
+
+    .. math::
+        s &\leftarrow s + g^2 \\
+        \theta &\leftarrow \theta - \frac{\eta}{1 + (t - 1)\,\eta_d}\,\frac{g}{\sqrt{s} + \epsilon}
+
+    Args:
+        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16 or float16.
+        lr: η, >= 0; a float or a 0-d tensor.
+        lr_decay: η_d, >= 0.
+        weight_decay: λ, >= 0, as L2 (g ← g + λθ).
+        initial_accumulator_value: first value of s, >= 0.
+        eps: ε, >= 0.
+        eps_inside_sqrt: √(s + ε) instead of √s + ε.
+        maximize: ascend instead of descend.
+        foreach, fused: accepted and ignored: they choose among torch's implementations.
+        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
+        nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
+        backend: ``"auto"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+
+    State: ``step`` (0-d float32), ``sum`` s (shape of the parameter, float32, or float64 for float64). Made at the first
+    step, not, as in torch, at construction.
+
+    Raises:
+        ValueError: an option out of its range. TypeError: a parameter of a dtype that is not supported.
+
+    Example:
+        >>> import torch, fusedopt
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> opt = fusedopt.Adagrad([weight], lr=0.1)
+        >>> weight.grad = torch.tensor([1.0, 100.0])
+        >>> opt.step()
+        >>> weight.data
+        tensor([0.9000, 0.9000])
+
+    Reference: Duchi, Hazan, Singer 2011, "Adaptive subgradient methods for online learning and stochastic optimization",
+    JMLR 12.
+    """
+
+    rule = RULES["adagrad"]
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        eps_inside_sqrt: bool = False,
+        max_grad_norm: float | None = None,
+        nonfinite: str = "propagate",
+        backend: str | None = None,
+    ):
+        defaults = dict(
+            lr=lr,
+            lr_decay=lr_decay,
+            eps=eps,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        super().__init__(params, defaults, {"eps_inside_sqrt": eps_inside_sqrt}, max_grad_norm, nonfinite, backend)

@@ -1,0 +1,88 @@
+"""NAdam, with L2 or decoupled weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.rules import RULES
+
+
+class NAdam(FusedOptimizer):
+    r"""Adam with Nesterov momentum. A drop-in for :class:`torch.optim.NAdam`.
+
+    Usual lr: 2e-3, or what Adam would take.
+
+    .. math::
+        \mu_t &= \beta_1\,(1 - \tfrac12\,0.96^{t\psi}), \qquad \Pi_t = \mu_1 \cdots \mu_t \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1)\,g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\,g^2 \\
+        \theta &\leftarrow \theta - \eta \left[ \frac{(1 - \mu_t)\,g}{1 - \Pi_t} + \frac{\mu_{t+1}\,m}{1 - \Pi_t
+        \mu_{t+1}} \right] \Big/ \left( \sqrt{v / (1 - \beta_2^t)} + \epsilon \right)
+
+    Args:
+        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16 or float16.
+        lr: η, >= 0; a float or a 0-d tensor.
+        betas: β₁ and β₂, each in [0, 1).
+        eps: ε, >= 0.
+        weight_decay: λ, >= 0; g ← g + λθ, or θ ← (1 − ηλ)θ where ``decoupled_weight_decay``.
+        momentum_decay: ψ, >= 0.
+        decoupled_weight_decay: weight decay as in AdamW.
+        maximize: ascend instead of descend.
+        foreach, capturable: accepted and ignored: they choose among torch's implementations.
+        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
+        nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
+        backend: ``"auto"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+
+    State: ``step`` (0-d float32), ``mu_product`` Π (0-d), ``exp_avg`` m, ``exp_avg_sq`` v (shape of the parameter); Π, m
+    and v are float32, or float64 for float64.
+
+    Raises:
+        ValueError: an option out of its range. TypeError: a parameter of a dtype that is not supported.
+
+    Example:
+        >>> import torch, fusedopt
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> opt = fusedopt.NAdam([weight], lr=0.1)
+        >>> weight.grad = torch.tensor([1.0, -100.0])
+        >>> opt.step()
+        >>> weight.data
+        tensor([0.8396, 1.1604])
+
+    Reference: Dozat 2016, "Incorporating Nesterov momentum into Adam".
+    """
+
+    rule = RULES["nadam"]
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        max_grad_norm: float | None = None,
+        nonfinite: str = "propagate",
+        backend: str | None = None,
+    ):
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum_decay=momentum_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
+        super().__init__(params, defaults, {}, max_grad_norm, nonfinite, backend)

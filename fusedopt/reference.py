@@ -1,0 +1,146 @@
+r"""The specification: every rule as a short pure-PyTorch function, in the textbook's order, in the dtype it is given.
+
+Each function takes one parameter, its gradient, its ``state`` (a dict of tensors under torch.optim's names, updated by
+replacing its entries) and ``step`` (1 at the first update), and returns the new parameter. Nothing is done in place.
+Called with float64 tensors they are what every kernel is proved against; they are also ``backend="reference"``.
+
+Common symbols: θ parameter, g gradient, η ``lr``, λ ``weight_decay``, ε ``eps``.
+"""
+
+import torch
+
+
+def total_norm(grads):
+    r"""Global 2-norm ‖g‖ = sqrt(Σ g²) over all elements of all ``grads``, in float64."""
+    return torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads]).norm() if grads else torch.zeros(())
+
+
+def clip_coefficient(norm, max_norm):
+    r"""What clipping by global norm multiplies every gradient with: min(1, τ / (‖g‖ + 1e-6)).
+
+    Pascanu, Mikolov, Bengio 2013, arXiv:1211.5063; the 1e-6 as in :func:`torch.nn.utils.clip_grad_norm_`.
+    """
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def sgd(param, grad, state, step, *, lr, momentum, dampening, weight_decay, nesterov, maximize=False):
+    r"""g ← g + λθ;  b ← μb + (1 − d)g  (b ← g at the first step);  θ ← θ − η (g + μb if Nesterov else b).
+
+    Sutskever, Martens, Dahl, Hinton 2013, "On the importance of initialization and momentum in deep learning".
+    μ ``momentum``, d ``dampening``, b ``momentum_buffer``. As in torch, η multiplies the velocity.
+    """
+    grad = _with_l2(param, -grad if maximize else grad, weight_decay)
+    if momentum != 0:
+        buffer = grad if step == 1 else momentum * state["momentum_buffer"] + (1 - dampening) * grad
+        state["momentum_buffer"] = buffer
+        grad = grad + momentum * buffer if nesterov else buffer
+    return param - lr * grad
+
+
+def adagrad(param, grad, state, step, *, lr, lr_decay, weight_decay, eps, eps_inside_sqrt=False, maximize=False):
+    r"""s ← s + g²;  θ ← θ − η/(1 + (t−1) η_decay) · g / (√s + ε), or g / √(s + ε) with ``eps_inside_sqrt``.
+
+    Duchi, Hazan, Singer 2011, JMLR 12. s ``sum`` starts at ``initial_accumulator_value``.
+    """
+    grad = _with_l2(param, -grad if maximize else grad, weight_decay)
+    state["sum"] = state["sum"] + grad * grad
+    return param - lr / (1 + (step - 1) * lr_decay) * grad / _denominator(state["sum"], eps, eps_inside_sqrt)
+
+
+def rmsprop(
+    param, grad, state, step, *, lr, alpha, eps, weight_decay, momentum, centered, eps_inside_sqrt=False, maximize=False
+):
+    r"""v ← αv + (1 − α)g²;  u = g / (√v + ε), or g / √(v + ε) with ``eps_inside_sqrt``;  θ ← θ − ηu.
+
+    Tieleman & Hinton 2012, lecture 6.5. ``centered`` (Graves 2013, arXiv:1308.0850): ḡ ← αḡ + (1 − α)g and v − ḡ² for v
+    in u, bounded below by 0, which only rounding can cross. ``momentum`` μ: b ← μb + u;  θ ← θ − ηb.
+    v ``square_avg``, ḡ ``grad_avg``, b ``momentum_buffer``.
+    """
+    grad = _with_l2(param, -grad if maximize else grad, weight_decay)
+    state["square_avg"] = alpha * state["square_avg"] + (1 - alpha) * grad * grad
+    variance = state["square_avg"]
+    if centered:
+        state["grad_avg"] = alpha * state["grad_avg"] + (1 - alpha) * grad
+        variance = (state["square_avg"] - state["grad_avg"] ** 2).clamp(min=0)
+    update = grad / _denominator(variance, eps, eps_inside_sqrt)
+    if momentum != 0:
+        state["momentum_buffer"] = momentum * state["momentum_buffer"] + update
+        update = state["momentum_buffer"]
+    return param - lr * update
+
+
+def adam(
+    param, grad, state, step, *,
+    lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay, bias_correction=True, maximize=False,
+):  # fmt: skip
+    r"""m ← β₁m + (1 − β₁)g;  v ← β₂v + (1 − β₂)g²;  θ ← θ − η m̂ / (√v̂ + ε),  m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ).
+
+    Adam: Kingma & Ba 2015, arXiv:1412.6980, with weight decay as L2 (g ← g + λθ).
+    AdamW (``decoupled_weight_decay``): Loshchilov & Hutter 2019, arXiv:1711.05101, θ ← (1 − ηλ)θ first, g as it is.
+    AMSGrad (``amsgrad``): Reddi, Kale, Kumar 2018, arXiv:1904.09237, v_max ← max(v_max, v) in place of v. With
+    ``bias_correction=False`` (m̂ = m, v̂ = v) this is AMSGrad as first published.
+    m ``exp_avg``, v ``exp_avg_sq``, v_max ``max_exp_avg_sq``.
+    """
+    grad = -grad if maximize else grad
+    beta1, beta2 = betas
+    if decoupled_weight_decay:
+        param = param * (1 - lr * weight_decay)
+    else:
+        grad = _with_l2(param, grad, weight_decay)
+    state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * grad
+    state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
+    second_moment = state["exp_avg_sq"]
+    if amsgrad:
+        state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], state["exp_avg_sq"])
+        second_moment = state["max_exp_avg_sq"]
+    bias_correction1 = 1 - beta1**step if bias_correction else 1.0
+    bias_correction2 = 1 - beta2**step if bias_correction else 1.0
+    denom = (second_moment / bias_correction2).sqrt() + eps
+    return param - lr * (state["exp_avg"] / bias_correction1) / denom
+
+
+def nadam(
+    param, grad, state, step, *, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, maximize=False
+):
+    r"""θ ← θ − η [ (1 − μₜ) g / (1 − Πₜ) + μₜ₊₁ m / (1 − Πₜ μₜ₊₁) ] / (√v̂ + ε),  μₜ = β₁(1 − ½·0.96^{tψ}),  Πₜ = μ₁…μₜ.
+
+    Dozat 2016, "Incorporating Nesterov momentum into Adam"; m, v, v̂ and both kinds of weight decay as in :func:`adam`.
+    ψ ``momentum_decay``, Π ``mu_product`` (starts at 1).
+    """
+    grad = -grad if maximize else grad
+    beta1, beta2 = betas
+    if decoupled_weight_decay:
+        param = param * (1 - lr * weight_decay)
+    else:
+        grad = _with_l2(param, grad, weight_decay)
+    mu = beta1 * (1 - 0.5 * 0.96 ** (step * momentum_decay))
+    mu_next = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * momentum_decay))
+    state["mu_product"] = state["mu_product"] * mu
+    state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * grad
+    state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
+    denom = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + eps
+    param = param - lr * (1 - mu) / (1 - state["mu_product"]) * grad / denom
+    return param - lr * mu_next / (1 - state["mu_product"] * mu_next) * state["exp_avg"] / denom
+
+
+def lion(param, grad, state, step, *, lr, betas, weight_decay, maximize=False):
+    r"""θ ← (1 − ηλ)θ − η sign(β₁m + (1 − β₁)g);  m ← β₂m + (1 − β₂)g.
+
+    Chen et al. 2023, arXiv:2302.06675. sign(NaN) is NaN here (torch.sign gives 0), so that a NaN gradient shows.
+    m ``exp_avg``.
+    """
+    grad = -grad if maximize else grad
+    beta1, beta2 = betas
+    update = beta1 * state["exp_avg"] + (1 - beta1) * grad
+    state["exp_avg"] = beta2 * state["exp_avg"] + (1 - beta2) * grad
+    return param * (1 - lr * weight_decay) - lr * torch.where(update.isnan(), update, update.sign())
+
+
+def _with_l2(param, grad, weight_decay):
+    """L2 regularisation: g + λθ. Without it θ is not looked at, so that an infinite θ does not make g NaN."""
+    return grad + weight_decay * param if weight_decay != 0 else grad
+
+
+def _denominator(second_moment, eps, eps_inside_sqrt):
+    """√v + ε, torch's; or √(v + ε), TensorFlow's and some textbooks'."""
+    return (second_moment + eps).sqrt() if eps_inside_sqrt else second_moment.sqrt() + eps

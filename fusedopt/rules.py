@@ -1,0 +1,213 @@
+"""The table: one row a rule. Optimizers, backends, tests, benchmarks and docs iterate over it; nothing else lists rules.
+
+``Rule.hyper`` is the order in which a rule's hyperparameters cross into C++ (its header's ``hyper_names``), and
+``Rule.states`` the order of its state slots (its header's ``stores``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class State:
+    """One tensor a rule keeps per parameter: its name in ``state``, and when and how it starts."""
+
+    name: str
+    option: str | None = None  # the group option that must be on for the state to exist; None: always
+    initial: str | None = None  # the group option that holds its first value; None: 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One update rule and everything that may be known about it without knowing its formula."""
+
+    name: str  # the function in reference.py, the header in csrc/rules/
+    hyper: tuple[str, ...]  # scalars, in ABI order; beta1 and beta2 are group["betas"]
+    states: tuple[State, ...]
+    paper: str
+    optimizers: Mapping[str, str | None]  # the classes of this rule, and each one's twin in torch.optim
+    keeps_step: bool = True  # state["step"] exists; without it the count is kept by the plan
+    extra: str | None = None  # a second scalar per parameter that starts at 1
+    own_options: Mapping[str, Any] = field(default_factory=dict)  # options torch has not, and what their absence means
+    cases: tuple[Mapping[str, Any], ...] = ()  # constructor arguments for tests: every option at least once
+    errors: tuple[tuple[Mapping[str, Any], str], ...] = ()  # constructor arguments that are refused, and what is said
+
+    def option(self, group: Mapping[str, Any], name: str) -> Any:
+        """A group's option; one of ours that the group does not mention has its default."""
+        return group[name] if name in group else self.own_options[name]
+
+    def stored(self, group: Mapping[str, Any]) -> tuple[State | None, ...]:
+        """The state slots of this rule, None where the group's options leave one out."""
+        return tuple(state if state.option is None or self.option(group, state.option) else None for state in self.states)
+
+    def variant(self, group: Mapping[str, Any]) -> str:
+        """Name of the kernel for a group's options: the rule, then the options that add a state."""
+        options = sorted({state.option for state in self.states if state.option and self.option(group, state.option)})
+        return "_".join([self.name, *options])
+
+    def scalars(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """A group's hyperparameters as floats, in ABI order."""
+        values = []
+        for name in self.hyper:
+            value = group["betas"][0 if name == "beta1" else 1] if name in ("beta1", "beta2") else self.option(group, name)
+            values.append(float(value))
+        return tuple(values)
+
+
+# Every hyperparameter that must lie in a range: (smallest, largest, whether the largest is allowed).
+RANGES = {
+    "lr": (0, math.inf, False),
+    "beta1": (0, 1, False),
+    "beta2": (0, 1, False),
+    "eps": (0, math.inf, False),
+    "weight_decay": (0, math.inf, False),
+    "momentum": (0, math.inf, False),
+    "dampening": (-math.inf, math.inf, False),
+    "alpha": (0, 1, True),
+    "lr_decay": (0, math.inf, False),
+    "momentum_decay": (0, math.inf, False),
+}
+
+_ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "bias_correction")
+
+RULES = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            name="sgd",
+            hyper=("lr", "momentum", "dampening", "weight_decay", "nesterov"),
+            states=(State("momentum_buffer", option="momentum"),),
+            paper="Sutskever et al. 2013",
+            optimizers={"SGD": "SGD"},
+            keeps_step=False,
+            cases=(
+                {},
+                {"momentum": 0.9, "weight_decay": 0.1},
+                {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+                {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
+            ),
+            errors=(
+                ({"momentum": -1}, "momentum must be >= 0, got -1"),
+                ({"nesterov": True}, "nesterov=True needs momentum > 0 and dampening = 0"),
+                ({"momentum": 0.9, "dampening": 0.1, "nesterov": True}, "nesterov=True needs"),
+            ),
+        ),
+        Rule(
+            name="adagrad",
+            hyper=("lr", "lr_decay", "weight_decay", "eps", "eps_inside_sqrt"),
+            states=(State("sum", initial="initial_accumulator_value"),),
+            paper="Duchi, Hazan, Singer 2011",
+            optimizers={"Adagrad": "Adagrad"},
+            own_options={"eps_inside_sqrt": False},
+            cases=(
+                {"weight_decay": 0.1},
+                {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.5, "maximize": True},
+                {"eps_inside_sqrt": True, "eps": 1e-4, "weight_decay": 0.1},
+            ),
+            errors=(
+                ({"lr_decay": -0.1}, "lr_decay must be >= 0, got -0.1"),
+                ({"initial_accumulator_value": -1}, "initial_accumulator_value must be >= 0, got -1"),
+            ),
+        ),
+        Rule(
+            name="rmsprop",
+            hyper=("lr", "alpha", "eps", "weight_decay", "momentum", "eps_inside_sqrt"),
+            states=(State("square_avg"), State("grad_avg", option="centered"), State("momentum_buffer", option="momentum")),
+            paper="Tieleman & Hinton 2012; Graves 2013",
+            optimizers={"RMSprop": "RMSprop"},
+            own_options={"eps_inside_sqrt": False},
+            cases=(
+                {"weight_decay": 0.1},
+                {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
+                {"centered": True, "weight_decay": 0.1, "eps": 1e-3},
+                {"centered": True, "momentum": 0.5, "weight_decay": 0.1, "eps": 1e-3},
+                {"eps_inside_sqrt": True, "eps": 1e-4, "weight_decay": 0.1},
+                {"eps_inside_sqrt": True, "eps": 1e-4, "weight_decay": 0.1, "centered": True, "momentum": 0.9},
+            ),
+            errors=(({"alpha": 1.5}, "alpha must be >= 0 and <= 1, got 1.5"),),
+        ),
+        Rule(
+            name="adam",
+            hyper=_ADAM_HYPER,
+            states=(State("exp_avg"), State("exp_avg_sq"), State("max_exp_avg_sq", option="amsgrad")),
+            paper="Kingma & Ba 2015; Loshchilov & Hutter 2019; Reddi et al. 2018",
+            optimizers={"Adam": "Adam", "AdamW": "AdamW"},
+            own_options={"bias_correction": True},
+            cases=(
+                {"weight_decay": 0.1},
+                {"weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True},
+                {"weight_decay": 0.1, "amsgrad": True},
+                {"weight_decay": 0.1, "amsgrad": True, "bias_correction": False},
+                {"weight_decay": 0.1, "bias_correction": False},
+            ),
+            errors=(
+                ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+                ({"betas": (0.9, 1.0)}, r"betas\[1\] must be >= 0 and < 1, got 1.0"),
+                ({"betas": (0.9,)}, "betas must be two numbers"),
+                ({"eps": float("nan")}, "eps must be >= 0, got nan"),
+            ),
+        ),
+        Rule(
+            name="nadam",
+            hyper=("lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay"),
+            states=(State("exp_avg"), State("exp_avg_sq")),
+            paper="Dozat 2016",
+            optimizers={"NAdam": "NAdam"},
+            extra="mu_product",
+            cases=(
+                {"weight_decay": 0.1},
+                {"weight_decay": 0.1, "decoupled_weight_decay": True},
+                {"weight_decay": 0.1, "momentum_decay": 0.05, "betas": (0.8, 0.95), "maximize": True},
+            ),
+            errors=(({"momentum_decay": -1}, "momentum_decay must be >= 0, got -1"),),
+        ),
+        Rule(
+            name="lion",
+            hyper=("lr", "beta1", "beta2", "weight_decay"),
+            states=(State("exp_avg"),),
+            paper="Chen et al. 2023",
+            optimizers={"Lion": None},
+            keeps_step=False,
+            cases=({"weight_decay": 0.1}, {"weight_decay": 0.1, "betas": (0.95, 0.98), "maximize": True}),
+            errors=(({"betas": (-0.1, 0.9)}, r"betas\[0\] must be >= 0 and < 1, got -0.1"),),
+        ),
+    )
+}
+
+
+def check_options(rule: Rule, group: Mapping[str, Any]) -> tuple[float, ...]:
+    """A group's scalars in ABI order, or ValueError saying which hyperparameter is out of which range."""
+    betas = group.get("betas")
+    if betas is not None and (not isinstance(betas, (tuple, list)) or len(betas) != 2):
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    scalars = rule.scalars(group)
+    for name, value in zip(rule.hyper, scalars, strict=True):
+        if name in RANGES:
+            _check_range(name, value, *RANGES[name], given=_given(group, name))
+    for state in rule.states:
+        if state.initial is not None:
+            _check_range(state.initial, float(group[state.initial]), 0, math.inf, False, given=group[state.initial])
+    if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
+        raise ValueError(
+            f"nesterov=True needs momentum > 0 and dampening = 0, "
+            f"got momentum={group['momentum']}, dampening={group['dampening']}"
+        )
+    return scalars
+
+
+def _given(group: Mapping[str, Any], name: str) -> Any:
+    return group["betas"][0 if name == "beta1" else 1] if name in ("beta1", "beta2") else group[name]
+
+
+def _check_range(name: str, value: float, low: float, high: float, includes_high: bool, given: Any) -> None:
+    if low <= value < high or (includes_high and value == high):
+        return
+    label = {"beta1": "betas[0]", "beta2": "betas[1]"}.get(name, name)
+    bounds = [f">= {low:g}"] if low > -math.inf else []
+    if high < math.inf:
+        bounds.append(f"{'<=' if includes_high else '<'} {high:g}")
+    raise ValueError(f"{label} must be {' and '.join(bounds) or 'a finite number'}, got {given}")
