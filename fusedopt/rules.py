@@ -72,6 +72,7 @@ RANGES = {
     "momentum_decay": (0, math.inf, False),
 }
 
+# The decay of the cases is a power of two: λθ is then exact, and g + λθ keeps its relative accuracy where it cancels.
 _ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "bias_correction")
 
 RULES = {
@@ -86,9 +87,9 @@ RULES = {
             keeps_step=False,
             cases=(
                 {},
-                {"momentum": 0.9, "weight_decay": 0.1},
-                {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
-                {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
+                {"momentum": 0.9, "weight_decay": 0.125},
+                {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.125},
+                {"momentum": 0.9, "nesterov": True, "weight_decay": 0.125, "maximize": True},
             ),
             errors=(
                 ({"momentum": -1}, "momentum must be >= 0, got -1"),
@@ -104,9 +105,9 @@ RULES = {
             optimizers={"Adagrad": "Adagrad"},
             own_options={"eps_inside_sqrt": False},
             cases=(
-                {"weight_decay": 0.1},
-                {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.5, "maximize": True},
-                {"eps_inside_sqrt": True, "eps": 1e-4, "weight_decay": 0.1},
+                {"weight_decay": 0.125},
+                {"lr_decay": 0.1, "weight_decay": 0.125, "initial_accumulator_value": 0.5, "maximize": True},
+                {"eps_inside_sqrt": True, "eps": 1e-4, "weight_decay": 0.125},
             ),
             errors=(
                 ({"lr_decay": -0.1}, "lr_decay must be >= 0, got -0.1"),
@@ -121,12 +122,12 @@ RULES = {
             optimizers={"RMSprop": "RMSprop"},
             own_options={"eps_inside_sqrt": False},
             cases=(
-                {"weight_decay": 0.1},
-                {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
-                {"centered": True, "weight_decay": 0.1, "eps": 1e-3},
-                {"centered": True, "momentum": 0.5, "weight_decay": 0.1, "eps": 1e-3},
-                {"eps_inside_sqrt": True, "eps": 1e-4, "weight_decay": 0.1},
-                {"eps_inside_sqrt": True, "eps": 1e-4, "weight_decay": 0.1, "centered": True, "momentum": 0.9},
+                {"weight_decay": 0.125},
+                {"momentum": 0.9, "weight_decay": 0.125, "maximize": True},
+                {"centered": True, "weight_decay": 0.125, "eps": 1e-3},
+                {"centered": True, "momentum": 0.5, "weight_decay": 0.125, "eps": 1e-3},
+                {"eps_inside_sqrt": True, "eps": 1e-4, "weight_decay": 0.125},
+                {"eps_inside_sqrt": True, "eps": 1e-4, "weight_decay": 0.125, "centered": True, "momentum": 0.9},
             ),
             errors=(({"alpha": 1.5}, "alpha must be >= 0 and <= 1, got 1.5"),),
         ),
@@ -138,11 +139,11 @@ RULES = {
             optimizers={"Adam": "Adam", "AdamW": "AdamW"},
             own_options={"bias_correction": True},
             cases=(
-                {"weight_decay": 0.1},
-                {"weight_decay": 0.1, "betas": (0.8, 0.95), "maximize": True},
-                {"weight_decay": 0.1, "amsgrad": True},
-                {"weight_decay": 0.1, "amsgrad": True, "bias_correction": False},
-                {"weight_decay": 0.1, "bias_correction": False},
+                {"weight_decay": 0.125},
+                {"weight_decay": 0.125, "betas": (0.8, 0.95), "maximize": True},
+                {"weight_decay": 0.125, "amsgrad": True},
+                {"weight_decay": 0.125, "amsgrad": True, "bias_correction": False},
+                {"weight_decay": 0.125, "bias_correction": False},
             ),
             errors=(
                 ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
@@ -159,9 +160,9 @@ RULES = {
             optimizers={"NAdam": "NAdam"},
             extra="mu_product",
             cases=(
-                {"weight_decay": 0.1},
-                {"weight_decay": 0.1, "decoupled_weight_decay": True},
-                {"weight_decay": 0.1, "momentum_decay": 0.05, "betas": (0.8, 0.95), "maximize": True},
+                {"weight_decay": 0.125},
+                {"weight_decay": 0.125, "decoupled_weight_decay": True},
+                {"weight_decay": 0.125, "momentum_decay": 0.05, "betas": (0.8, 0.95), "maximize": True},
             ),
             errors=(({"momentum_decay": -1}, "momentum_decay must be >= 0, got -1"),),
         ),
@@ -172,7 +173,7 @@ RULES = {
             paper="Chen et al. 2023",
             optimizers={"Lion": None},
             keeps_step=False,
-            cases=({"weight_decay": 0.1}, {"weight_decay": 0.1, "betas": (0.95, 0.98), "maximize": True}),
+            cases=({"weight_decay": 0.125}, {"weight_decay": 0.125, "betas": (0.95, 0.98), "maximize": True}),
             errors=(({"betas": (-0.1, 0.9)}, r"betas\[0\] must be >= 0 and < 1, got -0.1"),),
         ),
     )

@@ -1,5 +1,5 @@
 // The loops over elements, included by one five-line file per instruction set, which defines FO_ISA. Everything here is
-// in an anonymous namespace or always inline: no symbol of one instruction set can stand in for another's.
+// static, in a namespace of that name, or always inline: no symbol of one instruction set can stand in for another's.
 //
 // No option and no dtype is looked at inside a loop. Plain loops over restrict pointers: GCC 12 vectorises these, and
 // silently does not vectorise the same loop under `#pragma omp simd` once a rule takes its states by reference.
@@ -7,6 +7,7 @@
 #include "kernels.h"
 
 namespace fusedopt::cpu {
+namespace FO_ISA {
 namespace {
 
 // Stands in for a state that the rule does not store; the compiler removes it.
@@ -93,9 +94,12 @@ constexpr UpdateLoop updates[num_rules] = {
 };
 
 }  // namespace
+}  // namespace FO_ISA
 
 #define FO_TABLE_OF(isa) kernels_##isa
 #define FO_TABLE(isa) FO_TABLE_OF(isa)
+
+using namespace FO_ISA;
 
 const Kernels FO_TABLE(FO_ISA) = {
     {updates<float>, updates<double>},

@@ -1,0 +1,188 @@
+"""Every rule x option x dtype against the float64 oracle of cases.py, against torch.optim, and the harness against mutants."""
+
+import pytest
+import torch
+from cases import CASES, DTYPES, SMALL_SIZES, can_mix_dtypes, check_parity, random_grads, random_params
+
+from fusedopt.backends import cpu
+
+
+def dtype_id(pair):
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in pair)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpu_engine_is_the_reference_to_rounding(case, dtypes, record_property):
+    if dtypes[0] != dtypes[1] and not can_mix_dtypes():
+        pytest.skip("this torch wants gradients in the parameter's dtype")
+    used = check_parity(case, *dtypes)
+    record_property("tolerance_used", round(used, 3))
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[4]], ids=dtype_id)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_clipped_step_is_the_reference_to_rounding(case, dtypes):
+    """A limit that bites: the norm of these gradients is several hundred."""
+    check_parity(case, *dtypes, sizes=(1021, 33, 0, 4099), max_grad_norm=25.0)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference_backend_keeps_the_same_bound(case, dtypes):
+    if dtypes[0] != dtypes[1] and not can_mix_dtypes():
+        pytest.skip("this torch wants gradients in the parameter's dtype")
+    check_parity(case, *dtypes, sizes=SMALL_SIZES, steps=4, backend="reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.twin], ids=str)
+def test_ten_steps_equal_torch_optim(case, dtype):
+    """Ours and torch each round on their own: twice the bound of one. torch keeps NAdam's mu_product in float32 always."""
+    eps = torch.finfo(torch.float32 if case.rule.extra else dtype).eps
+    sizes = (1021, 33, 257, 1, 0)
+    ours = random_params(sizes, dtype)
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
+    start = [param.detach().clone() for param in ours]
+    optimizer, twin = case.make(ours), case.twin(theirs, **{"lr": 0.01, **case.kwargs})
+    for step in range(10):
+        for a, b, grad in zip(ours, theirs, random_grads(sizes, dtype, step), strict=True):
+            a.grad, b.grad = grad, grad.clone()
+        optimizer.step()
+        twin.step()
+    for a, b, first in zip(ours, theirs, start, strict=True):
+        scale = torch.maximum(first.abs(), (b - first).abs().amax() if first.numel() else first)
+        assert ((a - b).abs() <= 32 * eps * scale).all()
+
+
+# ---- the harness catches the bugs that suites miss ---------------------------------------------------------------
+
+
+def scaled(scalar, factor):
+    """The bug of a hyperparameter that arrives wrong."""
+
+    def plant(rule, bucket, run, scalars, coefs):
+        index = rule.hyper.index(scalar)
+        run([[*row[:index], row[index] * factor, *row[index + 1 :]] for row in scalars], coefs)
+
+    return plant, lambda rule: scalar in rule.hyper
+
+
+def flipped(scalar):
+    """The bug of a switch that arrives the other way round."""
+
+    def plant(rule, bucket, run, scalars, coefs):
+        index = rule.hyper.index(scalar)
+        run([[*row[:index], 1 - row[index], *row[index + 1 :]] for row in scalars], coefs)
+
+    return plant, lambda rule: scalar in rule.hyper
+
+
+def kept(select):
+    """The bug of elements that an update does not reach."""
+
+    def plant(rule, bucket, run, scalars, coefs):
+        saved = [(tensor, tensor.detach().clone()) for entry in bucket.entries for tensor in select(entry)]
+        run(scalars, coefs)
+        with torch.no_grad():
+            for tensor, old in saved:
+                tensor.copy_(old)
+
+    return plant
+
+
+def always(rule):
+    return True
+
+
+def no_op(rule, bucket, run, scalars, coefs):
+    pass
+
+
+def wrong_sign(rule, bucket, run, scalars, coefs):
+    run(scalars, [-coef for coef in coefs])
+
+
+def maximize_ignored(rule, bucket, run, scalars, coefs):
+    run(scalars, [abs(coef) for coef in coefs])
+
+
+def step_off_by_one(rule, bucket, run, scalars, coefs):
+    for entry in bucket.entries:
+        if float(entry.step) == 0:
+            entry.step += 1
+    run(scalars, coefs)
+
+
+def gradient_modified(rule, bucket, run, scalars, coefs):
+    run(scalars, coefs)
+    for entry in bucket.entries:
+        entry.param.grad.mul_(1.0001)
+
+
+def has_bias(rule):
+    return rule.name in ("adam", "nadam")
+
+
+MUTANTS = {
+    "no-op": (no_op, always),
+    "half step": scaled("lr", 0.5),
+    "wrong sign": (wrong_sign, always),
+    "no bias correction": flipped("bias_correction"),
+    "beta1 wrong": scaled("beta1", 0.99),
+    "beta2 wrong": scaled("beta2", 0.99),
+    "alpha wrong": scaled("alpha", 0.99),
+    "momentum wrong": scaled("momentum", 0.99),
+    "lr_decay ignored": scaled("lr_decay", 0.0),
+    "momentum_decay wrong": scaled("momentum_decay", 2.0),
+    "dampening ignored": scaled("dampening", 0.0),
+    "nesterov ignored": scaled("nesterov", 0.0),
+    "eps x 100": scaled("eps", 100.0),
+    "eps on the other side of the root": flipped("eps_inside_sqrt"),
+    "step off by one": (step_off_by_one, has_bias),
+    "last 7 elements skipped": (kept(lambda entry: [entry.param.detach()[-7:]]), always),
+    "first element skipped": (kept(lambda entry: [entry.param.detach()[:1]]), always),
+    "coupled and decoupled decay swapped": flipped("decoupled_weight_decay"),
+    "weight decay ignored": scaled("weight_decay", 0.0),
+    "gradient modified": (gradient_modified, always),
+    "maximize ignored": (maximize_ignored, always),
+    "first state not stored": (kept(lambda entry: [s for s in entry.states[:1] if s is not None]), always),
+    "amsgrad maximum not stored": (kept(lambda entry: [s for s in entry.states[2:] if s is not None]), always),
+}
+# The cases in which a bug has no consequence: the option it breaks is at its neutral value there.
+HARMLESS = {
+    "momentum wrong": lambda case: not case.kwargs.get("momentum"),
+    "lr_decay ignored": lambda case: not case.kwargs.get("lr_decay"),
+    "dampening ignored": lambda case: not case.kwargs.get("dampening"),
+    "nesterov ignored": lambda case: not case.kwargs.get("nesterov"),
+    "eps x 100": lambda case: case.kwargs.get("initial_accumulator_value"),
+    "eps on the other side of the root": lambda case: case.kwargs.get("initial_accumulator_value"),
+    "step off by one": lambda case: not case.kwargs.get("bias_correction", True),
+    "weight decay ignored": lambda case: not case.kwargs.get("weight_decay"),
+    "maximize ignored": lambda case: not case.kwargs.get("maximize"),
+    "first state not stored": lambda case: case.rule.name == "sgd" and not case.kwargs.get("momentum"),
+    "amsgrad maximum not stored": lambda case: not (case.kwargs.get("amsgrad") or case.kwargs.get("momentum"))
+    or case.rule.name == "sgd",
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_planted_bug_is_caught(case, mutant, monkeypatch):
+    plant, applies = MUTANTS[mutant]
+    if not applies(case.rule) or HARMLESS.get(mutant, lambda case: False)(case):
+        return  # asserted to be tried somewhere by the test below
+    run = cpu.Bucket.update
+
+    def mutated(bucket, scalars, coefs):
+        plant(case.rule, bucket, lambda *args: run(bucket, *args), scalars, coefs)
+
+    monkeypatch.setattr(cpu.Bucket, "update", mutated)
+    with pytest.raises(AssertionError):
+        check_parity(case, torch.float32, torch.float32, sizes=SMALL_SIZES)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_every_planted_bug_is_tried_on_some_case(mutant):
+    applies, harmless = MUTANTS[mutant][1], HARMLESS.get(mutant, lambda case: False)
+    assert any(applies(case.rule) and not harmless(case) for case in CASES)
