@@ -22,13 +22,25 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 # sqrt vectorises only without errno; no fused multiply-add, so that every instruction set gives the same bits.
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wall",
+]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISA_FLAGS = {
-    "csrc/cpu/x86_64_v2.cpp": ["-march=x86-64-v2"],
-    "csrc/cpu/x86_64_v3.cpp": ["-march=x86-64-v3"],
-    "csrc/cpu/x86_64_v4.cpp": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-} if IS_X86 else {"csrc/cpu/baseline.cpp": []}
+ISA_FLAGS = (
+    {
+        "csrc/cpu/x86_64_v2.cpp": ["-march=x86-64-v2"],
+        "csrc/cpu/x86_64_v3.cpp": ["-march=x86-64-v3"],
+        "csrc/cpu/x86_64_v4.cpp": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    }
+    if IS_X86
+    else {"csrc/cpu/baseline.cpp": []}
+)
 SOURCES = ["csrc/bindings.cpp", "csrc/cpu/engine.cpp", *ISA_FLAGS]
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*")) if path.suffix in (".h", ".inl")]
 DEFAULT_ARCHS = "8.0;9.0;10.0"
@@ -80,9 +92,13 @@ class BuildExt(build_ext):
         openmp = self.openmp_flags()
 
         def compile_one(source):
-            flags = FLAGS + (ISA_FLAGS[source] if source in ISA_FLAGS else openmp)
+            flags = FLAGS + ISA_FLAGS.get(source, openmp)
             return self.compiler.compile(
-                [source], output_dir=self.build_temp, include_dirs=include_dirs, extra_postargs=flags, depends=ext.depends
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=include_dirs,
+                extra_postargs=flags,
+                depends=ext.depends,
             )
 
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
@@ -90,7 +106,9 @@ class BuildExt(build_ext):
             objects = [obj for objs in pool.map(compile_one, SOURCES) for obj in objs]
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, target, extra_postargs=openmp, target_lang="c++", build_temp=self.build_temp)
+        self.compiler.link_shared_object(
+            objects, target, extra_postargs=openmp, target_lang="c++", build_temp=self.build_temp
+        )
         nvcc = wants_cuda()
         if nvcc is not None:
             self.build_cuda(nvcc, Path(target).parent / "_cuda.so")
@@ -103,7 +121,9 @@ class BuildExt(build_ext):
         probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
         try:
             objects = self.compiler.compile([str(probe)], output_dir="/", extra_postargs=["-fopenmp"])
-            self.compiler.link_executable(objects, str(temp / "openmp_probe"), extra_postargs=["-fopenmp"], target_lang="c++")
+            self.compiler.link_executable(
+                objects, str(temp / "openmp_probe"), extra_postargs=["-fopenmp"], target_lang="c++"
+            )
         except Exception as error:
             print(f"building without OpenMP: {error}")
             return []

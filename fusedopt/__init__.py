@@ -1,5 +1,7 @@
 """fusedopt: the optimizer step of torch.optim, fused over all tensors, with the gradient clip inside.
 
+Two lines change::
+
     from fusedopt import AdamW
 
     opt = AdamW(model.parameters(), lr=3e-4, max_grad_norm=1.0)

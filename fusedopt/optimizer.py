@@ -16,7 +16,6 @@ from fusedopt.plan import PARAM_DTYPES, Plan, state_dtype
 from fusedopt.rules import Rule, check_options
 
 
-
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of all optimizers: everything but the rule.
 
@@ -219,7 +218,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         for saved_id, param, _, _ in ids:
             if saved_id in state_dict["state"]:
                 saved = state_dict["state"][saved_id]
-                state[param] = {name: self._loaded(param, name, value) for name, value in saved.items() if value is not None}
+                state[param] = {
+                    name: self._loaded(param, name, value) for name, value in saved.items() if value is not None
+                }
         state.update({key: deepcopy(value) for key, value in state_dict["state"].items() if key not in known})
         for group, saved in zip(self.param_groups, param_groups, strict=True):
             saved["params"] = group["params"]

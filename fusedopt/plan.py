@@ -106,7 +106,7 @@ class Plan:
             len(param_groups) == len(self._options)
             and self._watch.unchanged(param_groups, state)
             and self._read_options(param_groups)
-            and all([bucket.refresh() for bucket in self.buckets])
+            and all(bucket.refresh() for bucket in self.buckets)
         )
 
     def _read_options(self, param_groups: list[dict[str, Any]]) -> bool:
@@ -211,7 +211,9 @@ class Plan:
             self._fail(RuntimeError, entry, f"gradient is on {grad.device}")
         if grad.dtype not in grad_dtypes(param):
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in grad_dtypes(param))
-            self._fail(RuntimeError, entry, f"gradient is {short_dtype(grad)} (supported for this parameter: {allowed})")
+            self._fail(
+                RuntimeError, entry, f"gradient is {short_dtype(grad)} (supported for this parameter: {allowed})"
+            )
 
     def _check_plain(self, entry: Entry, tensor: torch.Tensor, what: str) -> None:
         """A strided tensor with memory of its own; not sparse, nested, meta, nor a subclass that dispatches itself."""
@@ -238,12 +240,10 @@ class Plan:
             if device == next_device and begin < end:
                 self._fail(ValueError, other, f"shares memory with {entry}; give the optimizer one of them")
 
-    def _attach_state(
-        self, entry: Entry, group: Mapping[str, Any], state: dict[torch.Tensor, dict[str, Any]]
-    ) -> None:
+    def _attach_state(self, entry: Entry, group: Mapping[str, Any], state: dict[torch.Tensor, dict[str, Any]]) -> None:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
         param, rule = entry.param, self.rule
-        known = state[param] if param in state else {}
+        known = state.get(param, {})
         slots = rule.stored(group)
         if param.grad is None:
             # Idle until its first gradient, unless there is nothing left to be made for it.
@@ -281,7 +281,11 @@ class Plan:
         # A rule without a step of its own still has to know its first one.
         entry.step = known["step"] if rule.keeps_step else torch.tensor(0.0 if is_new else 1.0)
         entry.extra = known[rule.extra] if rule.extra else None
-        tensors = [param, *([param.grad] if param.grad is not None else []), *(s for s in entry.states if s is not None)]
+        tensors = [
+            param,
+            *([param.grad] if param.grad is not None else []),
+            *(s for s in entry.states if s is not None),
+        ]
         entry.is_strided = not all(_is_dense(t) and _same_strides(t, param) for t in tensors)
 
     def _check_state(self, entry: Entry, name: str, value: Any) -> None:

@@ -42,7 +42,9 @@ class Rule:
 
     def stored(self, group: Mapping[str, Any]) -> tuple[State | None, ...]:
         """The state slots of this rule, None where the group's options leave one out."""
-        return tuple(state if state.option is None or self.option(group, state.option) else None for state in self.states)
+        return tuple(
+            state if state.option is None or self.option(group, state.option) else None for state in self.states
+        )
 
     def variant(self, group: Mapping[str, Any]) -> str:
         """Name of the kernel for a group's options: the rule, then the options that add a state."""
@@ -53,7 +55,9 @@ class Rule:
         """A group's hyperparameters as floats, in ABI order."""
         values = []
         for name in self.hyper:
-            value = group["betas"][0 if name == "beta1" else 1] if name in ("beta1", "beta2") else self.option(group, name)
+            value = (
+                group["betas"][0 if name == "beta1" else 1] if name in ("beta1", "beta2") else self.option(group, name)
+            )
             values.append(float(value))
         return tuple(values)
 
@@ -117,7 +121,11 @@ RULES = {
         Rule(
             name="rmsprop",
             hyper=("lr", "alpha", "eps", "weight_decay", "momentum", "eps_inside_sqrt"),
-            states=(State("square_avg"), State("grad_avg", option="centered"), State("momentum_buffer", option="momentum")),
+            states=(
+                State("square_avg"),
+                State("grad_avg", option="centered"),
+                State("momentum_buffer", option="momentum"),
+            ),
             paper="Tieleman & Hinton 2012; Graves 2013",
             optimizers={"RMSprop": "RMSprop"},
             own_options={"eps_inside_sqrt": False},

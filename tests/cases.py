@@ -162,7 +162,9 @@ def check_parity(
     oracle = Oracle(case, optimizer.param_groups[0], params)
     eps = torch.finfo(torch.float64 if param_dtype == torch.float64 else torch.float32).eps
     is_narrow = param_dtype in (torch.bfloat16, torch.float16)
-    has_l2 = oracle.options["weight_decay"] != 0 and not oracle.options.get("decoupled_weight_decay", case.rule.name == "lion")
+    has_l2 = oracle.options["weight_decay"] != 0 and not oracle.options.get(
+        "decoupled_weight_decay", case.rule.name == "lion"
+    )
     largest = torch.zeros_like(oracle.param)
     used = 0.0
     for step in range(steps):

@@ -161,8 +161,9 @@ HARMLESS = {
     "weight decay ignored": lambda case: not case.kwargs.get("weight_decay"),
     "maximize ignored": lambda case: not case.kwargs.get("maximize"),
     "first state not stored": lambda case: case.rule.name == "sgd" and not case.kwargs.get("momentum"),
-    "amsgrad maximum not stored": lambda case: not (case.kwargs.get("amsgrad") or case.kwargs.get("momentum"))
-    or case.rule.name == "sgd",
+    "amsgrad maximum not stored": lambda case: (
+        not (case.kwargs.get("amsgrad") or case.kwargs.get("momentum")) or case.rule.name == "sgd"
+    ),
 }
 
 

@@ -1,0 +1,40 @@
+"""``python -m fusedopt doctor``: what was found, what is picked for each device, and why nothing faster."""
+
+import platform
+import sys
+
+import torch
+
+import fusedopt
+from fusedopt import _C, backends
+from fusedopt.backends import cuda
+
+
+def doctor() -> None:
+    isas = ", ".join(name + (" (used)" if name == _C.isa() else "") for name in _C.available_isas())
+    print(
+        f"fusedopt     {fusedopt.__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    )
+    print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"CPU kernels  {isas}; {'OpenMP' if _C.has_openmp else 'plain threads (built without OpenMP)'}")
+    print(f"CUDA part    {cuda.devices()[1]}")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    for name in devices:
+        picked, passed_over = backends.explain(torch.device(name.split(" ")[0]))
+        print(f"{name:<12} {picked}")
+        for faster, reason in passed_over.items():
+            print(f"{'':<12}   not {faster}: {reason}")
+
+
+def main(arguments: list[str]) -> int:
+    if arguments != ["doctor"]:
+        print("usage: python -m fusedopt doctor", file=sys.stderr)
+        return 2
+    doctor()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
