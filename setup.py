@@ -29,6 +29,7 @@ FLAGS = [
     "-fno-trapping-math",
     "-ffp-contract=off",
     "-fvisibility=hidden",
+    "-g0",
     "-Wall",
 ]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -109,9 +110,12 @@ class BuildExt(build_ext):
         self.compiler.link_shared_object(
             objects, target, extra_postargs=openmp, target_lang="c++", build_temp=self.build_temp
         )
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        cuda_target = (ROOT / "fusedopt" if in_place else Path(target).parent) / "_cuda.so"
+        cuda_target.unlink(missing_ok=True)  # one of an earlier build
         nvcc = wants_cuda()
         if nvcc is not None:
-            self.build_cuda(nvcc, Path(target).parent / "_cuda.so")
+            self.build_cuda(nvcc, cuda_target)
 
     def openmp_flags(self):
         """["-fopenmp"] if a program with it compiles and links, else []: then plain threads are used."""
