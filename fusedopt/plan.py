@@ -106,7 +106,7 @@ class Plan:
             len(param_groups) == len(self._options)
             and self._watch.unchanged(param_groups, state)
             and self._read_options(param_groups)
-            and all(bucket.refresh() for bucket in self.buckets)
+            and all([bucket.refresh() for bucket in self.buckets])  # noqa: C419  each must read its gradients
         )
 
     def _read_options(self, param_groups: list[dict[str, Any]]) -> bool:
@@ -119,7 +119,7 @@ class Plan:
                     continue
                 check_options(self.rule, group)
             except (ValueError, TypeError, KeyError) as error:
-                reason = f"{error!r} is missing" if isinstance(error, KeyError) else error
+                reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{self.owner}: param_groups[{index}]: {reason}; {UNCHANGED}") from None
             known = self._options[index]

@@ -213,7 +213,7 @@ def _given(group: Mapping[str, Any], name: str) -> Any:
 
 
 def _check_range(name: str, value: float, low: float, high: float, includes_high: bool, given: Any) -> None:
-    if low <= value < high or (includes_high and value == high):
+    if value > -math.inf and (low <= value < high or (includes_high and value == high)):
         return
     label = {"beta1": "betas[0]", "beta2": "betas[1]"}.get(name, name)
     bounds = [f">= {low:g}"] if low > -math.inf else []

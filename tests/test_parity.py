@@ -149,6 +149,12 @@ MUTANTS = {
     "first state not stored": (kept(lambda entry: [s for s in entry.states[:1] if s is not None]), always),
     "amsgrad maximum not stored": (kept(lambda entry: [s for s in entry.states[2:] if s is not None]), always),
 }
+def stores(case, slot):
+    """Whether a case keeps the state of that slot."""
+    states = case.rule.states[slot : slot + 1]
+    return bool(states) and (states[0].option is None or bool(case.kwargs.get(states[0].option)))
+
+
 # The cases in which a bug has no consequence: the option it breaks is at its neutral value there.
 HARMLESS = {
     "momentum wrong": lambda case: not case.kwargs.get("momentum"),
@@ -160,10 +166,8 @@ HARMLESS = {
     "step off by one": lambda case: not case.kwargs.get("bias_correction", True),
     "weight decay ignored": lambda case: not case.kwargs.get("weight_decay"),
     "maximize ignored": lambda case: not case.kwargs.get("maximize"),
-    "first state not stored": lambda case: case.rule.name == "sgd" and not case.kwargs.get("momentum"),
-    "amsgrad maximum not stored": lambda case: (
-        not (case.kwargs.get("amsgrad") or case.kwargs.get("momentum")) or case.rule.name == "sgd"
-    ),
+    "first state not stored": lambda case: not stores(case, 0),
+    "amsgrad maximum not stored": lambda case: not stores(case, 2),
 }
 
 

@@ -48,7 +48,7 @@ class NAdam(FusedOptimizer):
         >>> weight.grad = torch.tensor([1.0, -100.0])
         >>> opt.step()
         >>> weight.data
-        tensor([0.8396, 1.1604])
+        tensor([0.8944, 1.1056])
 
     Reference: Dozat 2016, "Incorporating Nesterov momentum into Adam".
     """

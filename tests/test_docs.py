@@ -1,0 +1,93 @@
+"""The documents are true: their code runs, their links lead somewhere, the page on adding an optimizer adds one."""
+
+import doctest
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fusedopt
+from fusedopt.rules import RULES
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """Blocks of one page share a namespace, as a reader would type them. CONTRIBUTING's are run below, where they belong."""
+    if page == "CONTRIBUTING.md":
+        return
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S):
+        exec(compile(block, page, "exec"), namespace)
+
+
+def test_readme_has_blocks_to_run():
+    assert len(re.findall(r"^```python", (ROOT / "README.md").read_text(), flags=re.M)) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "fusedopt/optimizers").glob("[a-z]*.py")))
+def test_docstring_examples_run(module):
+    result = doctest.testmod(importlib.import_module(f"fusedopt.optimizers.{module}"))
+    assert result.failed == 0 and result.attempted >= 5
+
+
+@pytest.mark.parametrize("name", [name for rule in RULES.values() for name in rule.optimizers])
+def test_every_optimizer_is_public_documented_and_in_the_readme(name):
+    cls = getattr(fusedopt, name)
+    assert name in fusedopt.__all__
+    for heading in ("Args", "State", "Raises", "Example:", "Reference:"):
+        assert heading in cls.__doc__, heading
+    assert f"`{name}`" in (ROOT / "README.md").read_text()
+
+
+def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
+    """Applies CONTRIBUTING.md to a copy of the project, builds it there, and runs the new rule's tests."""
+    copy = tmp_path / "copy"
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "*.so", "runs", "results", "*.egg-info", "__pycache__")
+    )
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    steps = re.findall(
+        r"^<!-- (new file|insert into) (\S+)(?: before: (.*?))? -->\n```\w+\n(.*?)^```", page, re.M | re.S
+    )
+    assert sum(kind == "new file" for kind, *_ in steps) == 2
+    assert len({path for kind, path, *_ in steps if kind == "insert into"}) == 5
+    for kind, path, anchor, block in steps:
+        target = copy / path
+        if kind == "new file":
+            assert not target.exists()
+            target.write_text(block)
+        else:
+            text = target.read_text()
+            assert text.count(anchor) == 1, f"{path}: {anchor!r} occurs {text.count(anchor)} times"
+            target.write_text(text.replace(anchor, block + anchor))
+
+    def run(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(copy), "FUSEDOPT_BUILD_CUDA": "0"}
+        result = subprocess.run([sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+        return result.stdout
+
+    run("setup.py", "-q", "build_ext", "--inplace")
+    tests = ["tests/test_formula.py", "tests/test_parity.py", "tests/test_rooms.py", "tests/test_compiled_code.py"]
+    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "EmaSGD or emasgd or vectorised or wall")
+    assert int(re.search(r"(\d+) passed", output).group(1)) > 60
