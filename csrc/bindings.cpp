@@ -32,6 +32,22 @@ const dlpack::ExchangeApi* exchange_api = nullptr;
 
 PyTypeObject* tensor_type = nullptr;
 
+// tensor.grad, without the lookup of the attribute in the type for each tensor: a new reference.
+PyObject* grad_of(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  static PyObject* const known = PyObject_GetAttr(reinterpret_cast<PyObject*>(tensor_type), name);
+  static PyTypeObject* checked_type = nullptr;  // the last type whose `grad` was seen to be torch.Tensor's
+  if (Py_TYPE(tensor) != checked_type) {
+    PyObject* descriptor = PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), name);
+    const bool is_known = descriptor == known && Py_TYPE(descriptor) == &PyGetSetDescr_Type;
+    Py_XDECREF(descriptor);
+    if (!is_known) return PyObject_GetAttr(tensor, name);
+    checked_type = Py_TYPE(tensor);
+  }
+  const PyGetSetDef* getset = reinterpret_cast<PyGetSetDescrObject*>(known)->d_getset;
+  return getset->get(tensor, getset->closure);
+}
+
 // Called once at import with torch.Tensor and its __dlpack_c_exchange_api__; returns whether the latter can be used.
 bool use_torch(const py::type& tensor, const py::object& capsule) {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
@@ -128,7 +144,7 @@ class Watch {
       if (!visit(param) || !visit(states)) return false;
       if (!PyDict_Check(states)) continue;
       for (Py_ssize_t j = 0; PyDict_Next(states, &j, &name, &value);) {
-        if (!visit(name) || !visit(value)) return false;
+        if (!visit(value)) return false;
       }
     }
     return true;
@@ -229,14 +245,13 @@ class Plan {
   // Holds on to the gradients it saw until release().
   bool refresh() {
     release();
-    static PyObject* const grad_name = PyUnicode_InternFromString("grad");
     TensorInfo now;
     num_active_ = 0;
     held_.reserve(slots_.size());
     for (const Slot& slot : slots_) {
       const bool is_idle = slot.entry < 0;
       if (!is_idle && !slot.param.unmoved()) return false;
-      PyObject* grad = PyObject_GetAttr(slot.param.object, grad_name);
+      PyObject* grad = grad_of(slot.param.object);
       if (grad == nullptr) throw py::error_already_set();
       const bool is_active = grad != Py_None;
       if (!is_active) {

@@ -128,9 +128,7 @@ const void* contiguous(const Operand& operand, const std::vector<int64_t>& shape
   return tile.bytes;
 }
 
-Compute compute_of(const Entry& entry) {
-  return entry.operands[Entry::param].dtype == DType::float64 ? in_double : in_float;
-}
+Compute compute_of(const Entry& entry) { return entry.computes_in_double() ? in_double : in_float; }
 
 DType dtype_of(Compute compute) { return compute == in_double ? DType::float64 : DType::float32; }
 
@@ -157,23 +155,32 @@ void put_back(const Operand& operand, const Entry& entry, Compute compute, int64
   if (is_strided) copy_strided<false>(operand, entry.shape, begin, count, stored.bytes);
 }
 
-void update_run(const Entry& entry, const void* rule, int64_t begin, int64_t count, Tile* tiles) {
-  constexpr int num_operands = Entry::first_state + max_states;
-  const Compute compute = compute_of(entry);
-  void* values[num_operands];
-  for (int i = 0; i < num_operands; ++i) values[i] = fetch(entry.operands[i], entry, compute, begin, count, tiles[i]);
-  kernels().update[compute][entry.rule](rule, values[Entry::param], values[Entry::grad], values + Entry::first_state, count);
-  for (int i = 0; i < num_operands; ++i) {
-    if (i != Entry::grad) put_back(entry.operands[i], entry, compute, begin, count, tiles[i]);
-  }
+constexpr int num_operands = Entry::first_state + max_states;
+
+void update_values(const Entry& entry, const void* rule, void* const (&values)[num_operands], int64_t count) {
+  kernels().update[compute_of(entry)][entry.rule](rule, values[Entry::param], values[Entry::grad],
+                                                  values + Entry::first_state, count);
 }
 
-// Whether the rule can work on memory itself, chunk by chunk, with no tile in between.
-bool is_direct(const Entry& entry) {
-  for (const Operand& operand : entry.operands) {
-    if (operand.data && (operand.dtype != dtype_of(compute_of(entry)) || operand.strides != nullptr)) return false;
+void update_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t count) {
+  void* values[num_operands];
+  if (entry.is_direct()) {
+    for (int i = 0; i < num_operands; ++i) {
+      const Operand& operand = entry.operands[i];
+      values[i] = operand.data ? operand.data + begin * itemsize(operand.dtype) : nullptr;
+    }
+    return update_values(entry, rule, values, count);
   }
-  return true;
+  const Compute compute = compute_of(entry);
+  Tile tiles[num_operands];
+  for (const int64_t end = begin + count; begin < end; begin += tile_elements) {
+    const int64_t n = std::min<int64_t>(tile_elements, end - begin);
+    for (int i = 0; i < num_operands; ++i) values[i] = fetch(entry.operands[i], entry, compute, begin, n, tiles[i]);
+    update_values(entry, rule, values, n);
+    for (int i = 0; i < num_operands; ++i) {
+      if (i != Entry::grad) put_back(entry.operands[i], entry, compute, begin, n, tiles[i]);
+    }
+  }
 }
 
 double sum_of_squares(const Entry& entry, int64_t begin, int64_t count, double scale) {
@@ -316,17 +323,11 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
   // Backwards, because the norm went forwards: the gradients it read last are still in the cache.
   const int64_t num_batches = int64_t(table.batches.size());
   parallel_for(num_batches, num_threads, [&](int64_t i) {
-    Tile tiles[Entry::first_state + max_states];
     const Batch& batch = table.batches[num_batches - 1 - i];
     for (int32_t c = batch.begin; c < batch.end; ++c) {
       const Chunk& chunk = table.chunks[c];
       const Entry& entry = table.entries[chunk.entry];
-      if (!entry.is_active) continue;
-      const int64_t run = is_direct(entry) ? chunk.count : tile_elements;
-      for (int64_t done = 0; done < chunk.count; done += run) {
-        const int64_t count = std::min<int64_t>(run, chunk.count - done);
-        update_run(entry, functors[functor_of[chunk.entry]].bytes, chunk.begin + done, count, tiles);
-      }
+      if (entry.is_active) update_chunk(entry, functors[functor_of[chunk.entry]].bytes, chunk.begin, chunk.count);
     }
   });
 }

@@ -11,7 +11,7 @@ namespace fusedopt::cpu {
 // Tiles that need decoding are this long: small enough to stay in the L1 cache with five of their kind.
 constexpr int tile_elements = 256;
 
-enum Compute { in_float, in_double };  // float64 parameters compute in double, all others in float
+enum Compute { in_float, in_double };
 
 // param, grad and the states of `count` elements, all in the compute type; `rule` is the functor.
 using UpdateLoop = void (*)(const void* rule, void* param, const void* grad, void* const* state, int64_t count);

@@ -53,7 +53,10 @@ class Bucket:
                 entry.is_strided,
             )
         self._plan.finish()
-        self._params = [entry.param for entry in self.entries]
+        # Share the parameters' version counters but not their memory, and as plain tensors are twice as fast to bump.
+        self._counters = [entry.param.detach() for entry in self.entries]
+        for counter in self._counters:
+            counter.data = counter.new_empty(0)
 
     def refresh(self) -> bool:
         return self._plan.refresh()
@@ -69,7 +72,7 @@ class Bucket:
 
     def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
         self._plan.update(scalars, grad_coefs, torch.get_num_threads())
-        is_all = self._plan.all_active()
-        written = self._params if is_all else [self._params[i] for i in self._plan.active()]
         # Autograd must notice that a tensor it saved has changed.
+        is_all = self._plan.all_active()
+        written = self._counters if is_all else [self._counters[i] for i in self._plan.active()]
         torch.autograd.graph.increment_version(written)
