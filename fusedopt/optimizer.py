@@ -115,10 +115,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _current_plan(self, caller: str) -> Plan:
         """The plan for the gradients there are now, validated and holding them; nothing has been changed."""
-        plan = self._plan
+        plan, owner = self._plan, f"{type(self).__name__}.{caller}"
+        if plan is not None:
+            plan.owner = owner
         if plan is None or not plan.refresh(self.param_groups, self.state):
             self._plan = None
-            owner = f"{type(self).__name__}.{caller}"
             plan = Plan(owner, self.rule, self.param_groups, self.state, self._backend)
             plan.refresh(self.param_groups, self.state)
             self._plan = plan
@@ -248,6 +249,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             saved = saved_state.get(saved_id)
             if not saved or all(value is None for value in saved.values()):
                 continue
+            own = {"step", self.rule.extra, *(slot.name for slot in self.rule.states)}
+            for name in saved:
+                if name not in own:
+                    yield f"{where}: {type(self).__name__} has no state {name!r}"
+            if self.rule.extra and saved.get(self.rule.extra) is None:
+                yield f"{where}: state {self.rule.extra!r} is missing (it has {', '.join(map(str, saved))})"
             for slot in self.rule.stored({**self.defaults, **saved_group}):
                 if slot is None:
                     continue

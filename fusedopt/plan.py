@@ -112,19 +112,20 @@ class Plan:
     def _read_options(self, param_groups: list[dict[str, Any]]) -> bool:
         """Takes over the groups' hyperparameters, validated where they changed. False: they select other kernels."""
         is_same_kernel = True
+        known = list(self._options)  # replaced only when all groups are valid: a refusal must not lose a change
         for index, group in enumerate(param_groups):
             try:
                 options = (self.rule.scalars(group), bool(group["maximize"]), self.rule.variant(group))
-                if options == self._options[index]:
+                if options == known[index]:
                     continue
                 check_options(self.rule, group)
             except (ValueError, TypeError, KeyError) as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{self.owner}: param_groups[{index}]: {reason}; {UNCHANGED}") from None
-            known = self._options[index]
-            is_same_kernel &= known is None or known[2] == options[2]
-            self._options[index] = options
+            is_same_kernel &= known[index] is None or known[index][2] == options[2]
+            known[index] = options
+        self._options = known
         self.scalars = [options[0] for options in self._options]
         self.signs = [-1.0 if options[1] else 1.0 for options in self._options]
         return is_same_kernel
@@ -275,7 +276,7 @@ class Plan:
             self._check_state(entry, slot.name, value)
             entry.states[i] = value
         if made:
-            self._fresh.append((param, list(made)) if is_new else (param, []))
+            self._fresh.append((param, [name for name in made if known.get(name) is None]))
             state[param].update(made)
             known = state[param]
         # A rule without a step of its own still has to know its first one.

@@ -55,10 +55,18 @@ class Rule:
         """A group's hyperparameters as floats, in ABI order."""
         values = []
         for name in self.hyper:
-            value = (
-                group["betas"][0 if name == "beta1" else 1] if name in ("beta1", "beta2") else self.option(group, name)
-            )
-            values.append(float(value))
+            label, value = name, None
+            if name in ("beta1", "beta2"):
+                index, betas = int(name == "beta2"), group["betas"]
+                if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+                    raise ValueError(f"betas must be two numbers, got {betas!r}")
+                label, value = f"betas[{index}]", betas[index]
+            else:
+                value = self.option(group, name)
+            try:
+                values.append(float(value))
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"{label} must be a number, got {value!r}") from None
         return tuple(values)
 
 
@@ -190,9 +198,6 @@ RULES = {
 
 def check_options(rule: Rule, group: Mapping[str, Any]) -> tuple[float, ...]:
     """A group's scalars in ABI order, or ValueError saying which hyperparameter is out of which range."""
-    betas = group.get("betas")
-    if betas is not None and (not isinstance(betas, (tuple, list)) or len(betas) != 2):
-        raise ValueError(f"betas must be two numbers, got {betas!r}")
     scalars = rule.scalars(group)
     for name, value in zip(rule.hyper, scalars, strict=True):
         if name in RANGES:

@@ -149,6 +149,8 @@ MUTANTS = {
     "first state not stored": (kept(lambda entry: [s for s in entry.states[:1] if s is not None]), always),
     "amsgrad maximum not stored": (kept(lambda entry: [s for s in entry.states[2:] if s is not None]), always),
 }
+
+
 def stores(case, slot):
     """Whether a case keeps the state of that slot."""
     states = case.rule.states[slot : slot + 1]

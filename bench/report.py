@@ -1,0 +1,129 @@
+"""What a run prints and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fusedopt
+from bench.peers import OURS, TORCH_FOREACH, TORCH_FUSED
+from bench.step import LARGE, Result
+
+SCHEMA = 1
+# (workload, clip) -> how many times faster than torch fused AdamW.
+ADAMW_TARGETS = {
+    ("gpt2-124m", True): 1.35,
+    ("4x16.8m", True): 1.35,
+    ("10x1m", True): 1.4,
+    ("1000x64", True): 30.0,
+    ("gpt2-124m", False): 0.97,
+    ("4x16.8m", False): 0.97,
+    ("10x1m", False): 0.97,
+}
+
+
+def targets(result: Result) -> list[tuple[str, float, bool]]:
+    """(what, figure, met) for every target that a result is judged by."""
+    found = []
+    fused, foreach = TORCH_FUSED.name, TORCH_FOREACH.name
+    speedup = ADAMW_TARGETS.get((result.workload, result.clip)) if result.rule == "AdamW" else None
+    if speedup is not None and fused in result.step_ms:
+        found.append((f">= {speedup}x {fused}", result.ratio(fused), result.ratio(fused) >= speedup))
+    if fused not in result.step_ms and foreach in result.step_ms and result.params >= 1_000_000:
+        found.append((f">= 3x {foreach}", result.ratio(foreach), result.ratio(foreach) >= 3))
+    if result.params >= LARGE and not result.clip:
+        share = result.bandwidth_share()
+        found.append((">= 95 % of in-place add", share, share >= 0.95))
+    if result.workload == "1000x1":
+        microseconds = result.median_ms(OURS.name) * 1e3 / result.tensors
+        found.append(("<= 0.3 us a tensor", microseconds, microseconds <= 0.3))
+    return found
+
+
+def table(results: list[Result]) -> Table:
+    peers = list(dict.fromkeys(name for result in results for name in result.step_ms if name != OURS.name))
+    view = Table(title="Milliseconds a step (median), and how many times longer the others take")
+    for column in ("workload", "rule", "clip", "ours", *peers, "GB/s", "of add", "us/tensor", "check", "target"):
+        view.add_column(column, justify="left" if column in ("workload", "rule", "target") else "right")
+    for result in results:
+        times = [f"{result.median_ms(p):.3f} ({result.ratio(p):.2f}x)" if p in result.step_ms else "" for p in peers]
+        has_many = result.tensors >= 1000
+        judged = [f"[{'green' if met else 'red'}]{what}: {figure:.2f}[/]" for what, figure, met in targets(result)]
+        view.add_row(
+            result.workload,
+            result.rule,
+            "yes" if result.clip else "no",
+            f"{result.median_ms(OURS.name):.3f}",
+            *times,
+            "" if has_many else f"{result.gb_s():.1f}",
+            f"{100 * result.bandwidth_share():.0f} %" if result.params >= LARGE else "",
+            f"{result.median_ms(OURS.name) * 1e3 / result.tensors:.3f}" if has_many else "",
+            f"{max(result.check.values()):.2f}" if result.check else "",
+            "; ".join(judged),
+        )
+    return view
+
+
+def machine() -> dict[str, object]:
+    """The machine and the versions; no names of hosts or folders."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(memory / 2**30, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fusedopt": fusedopt.__version__,
+        "commit": commit.stdout.strip() or None,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write(results: list[Result], path: Path) -> None:
+    rows = []
+    for result in results:
+        figures = {
+            "median_ms": {name: result.median_ms(name) for name in result.step_ms},
+            "min_ms": {name: min(samples) for name, samples in result.step_ms.items()},
+            "ratio": {name: result.ratio(name) for name in result.step_ms if name != OURS.name},
+            "gb_s": result.gb_s(),
+            "add_gb_s_median": statistics.median(result.add_gb_s),
+            "bandwidth_share": result.bandwidth_share() if result.params >= LARGE else None,
+            "host_us_per_tensor": result.median_ms(OURS.name) * 1e3 / result.tensors
+            if result.tensors >= 1000
+            else None,
+            "targets": [{"what": what, "figure": figure, "met": met} for what, figure, met in targets(result)],
+        }
+        rows.append({**dataclasses.asdict(result), **figures})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"schema": SCHEMA, "machine": machine(), "results": rows}, indent=1) + "\n")
+
+
+def show(results: list[Result], path: Path) -> None:
+    console = Console(width=None if Console().is_terminal else 200)
+    console.print(table(results))
+    about = machine()
+    console.print(f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}")
+    console.print(f"written to {path}")

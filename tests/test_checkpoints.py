@@ -1,0 +1,527 @@
+"""Checkpoints: ours and torch.optim's both ways, without loss, without aliasing, and refused whole where they do not fit."""
+
+import copy
+import io
+import itertools
+import re
+
+import pytest
+import torch
+from cases import CASES
+from helpers import (
+    DTYPES,
+    SPECS,
+    assert_close,
+    assert_same_bits,
+    assert_same_run,
+    clone_params,
+    every_class,
+    every_twin,
+    make_params,
+    nothing_changes,
+    randn,
+    same_bits,
+    set_grads,
+    train,
+)
+
+import fusedopt
+
+SHAPES = ((13, 7), (1021,), (), (5, 3, 3))
+with_twin = pytest.mark.parametrize("case", [case for case in CASES if case.twin], ids=str)
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def saved(optimizer):
+    """The checkpoint as it comes back from a file that nobody has to trust."""
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def ours(case):
+    return lambda params: case.make(params)
+
+
+def theirs(case):
+    return lambda params: case.twin(params, **{"lr": 0.01, **case.kwargs})
+
+
+def groups_of(params):
+    return [{"params": params[:2], "lr": 0.02}, {"params": params[2:], "weight_decay": 0.25}]
+
+
+def tolerance(case, dtype):
+    """A few roundings, of float32 where torch keeps NAdam's mu_product in it."""
+    return 64 * torch.finfo(torch.float32 if case.rule.extra else dtype).eps
+
+
+# ---- both ways ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("direction", ["ours to torch", "torch to ours"])
+@with_twin
+def test_run_goes_on_in_the_other_library(case, direction, dtype):
+    first, second = (ours, theirs) if direction == "ours to torch" else (theirs, ours)
+    params, whole_params = make_params(SHAPES, dtype), make_params(SHAPES, dtype)
+    start = first(case)(groups_of(params))
+    train(start, params, 5)
+    checkpoint = saved(start)
+
+    resumed_params = clone_params(params)
+    resumed = second(case)(groups_of(resumed_params))
+    resumed.load_state_dict(checkpoint)
+    train(resumed, resumed_params, 5, 5)
+
+    whole = second(case)(groups_of(whole_params))
+    train(whole, whole_params, 10)
+    assert_same_run(resumed, whole, tolerance(case, dtype))
+    assert resumed.param_groups[1]["lr"] == 0.01
+    assert resumed.param_groups[1]["weight_decay"] == 0.25
+
+    # and back once more, to the class it came from
+    again = first(case)(groups_of(clone_params(resumed_params)))
+    again.load_state_dict(saved(resumed))
+    back, on = again.state_dict()["state"], resumed.state_dict()["state"]
+    assert back.keys() == on.keys()
+    for index in on:
+        assert back[index].keys() == on[index].keys()
+        for name in on[index]:
+            assert_close([back[index][name]], [on[index][name]], 1e-6)
+
+
+@every_twin
+def test_checkpoint_of_default_options_has_torchs_keys(spec):
+    mine, other = make_params(SHAPES), make_params(SHAPES)
+    optimizer, twin = spec.make(mine), spec.twin(other, **spec.options)
+    train(optimizer, mine, 2)
+    train(twin, other, 2)
+    a, b = optimizer.state_dict(), twin.state_dict()
+    assert a.keys() == b.keys()
+    assert a["param_groups"] == b["param_groups"]
+    assert {index: {*state} for index, state in a["state"].items()} == {
+        index: {*state} for index, state in b["state"].items()
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_case
+def test_own_resume_is_bit_exact(case, dtype):
+    params, whole_params = make_params(SHAPES, dtype), make_params(SHAPES, dtype)
+    optimizer, whole = case.make(params), case.make(whole_params)
+    train(optimizer, params, 3)
+    resumed_params = clone_params(params)
+    resumed = case.make(resumed_params)
+    train(resumed, resumed_params, 1, 50)  # has a plan and states of its own, to be forgotten
+    for param, at in zip(resumed_params, params, strict=True):
+        param.data.copy_(at)
+    resumed.load_state_dict(saved(optimizer))
+    train(resumed, resumed_params, 3, 3)
+    train(whole, whole_params, 6)
+    assert_same_bits(resumed_params, whole_params)
+    for a, b in zip(resumed_params, whole_params, strict=True):
+        assert resumed.state.get(a, {}).keys() == whole.state.get(b, {}).keys()
+        assert_same_bits(resumed.state.get(a, {}).values(), whole.state.get(b, {}).values(), "state")
+
+
+@every_class
+def test_checkpoint_before_the_first_step_loads(spec):
+    params, resumed_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer, resumed = spec.make(params), spec.make(resumed_params)
+    resumed.load_state_dict(saved(spec.peer(make_params(SHAPES))))
+    train(optimizer, params, 2)
+    train(resumed, resumed_params, 2)
+    assert_same_bits(params, resumed_params)
+
+
+@every_class
+def test_checkpoint_with_parameters_that_never_stepped(spec):
+    def partly(optimizer, params, first):
+        for step in range(first, first + 3):
+            set_grads(params, step)
+            params[1].grad = None
+            optimizer.step()
+
+    params = make_params(SHAPES)
+    optimizer = spec.make(params)
+    partly(optimizer, params, 0)
+    checkpoint = saved(optimizer)
+    assert 1 not in checkpoint["state"]
+    resumed_params = clone_params(params)
+    resumed = spec.make(resumed_params)
+    resumed.load_state_dict(checkpoint)
+    partly(optimizer, params, 3)
+    partly(resumed, resumed_params, 3)
+    train(optimizer, params, 2, 9)
+    train(resumed, resumed_params, 2, 9)
+    assert_same_bits(params, resumed_params)
+
+
+@pytest.mark.parametrize("source", ["ours", "torch"])
+@every_twin
+def test_states_of_narrow_parameters_stay_float32(spec, source):
+    """torch's own load_state_dict casts them to the parameter's dtype; ours neither narrows them nor keeps narrow ones."""
+    params = make_params(SHAPES, torch.bfloat16)
+    optimizer = spec.make(params) if source == "ours" else spec.peer(params)
+    train(optimizer, params, 3)
+    resumed = spec.make(clone_params(params))
+    resumed.load_state_dict(saved(optimizer))
+    for i, param in enumerate(resumed.param_groups[0]["params"]):
+        expected = optimizer.state[params[i]]
+        assert resumed.state[param].keys() == expected.keys()
+        for name, value in resumed.state[param].items():
+            assert value.dtype == torch.float32
+            assert same_bits(value, expected[name].float()), f"state {name!r}"
+    train(resumed, resumed.param_groups[0]["params"], 1, 3)
+
+
+@every_class
+def test_states_take_the_layout_of_their_parameter(spec):
+    """A checkpoint saved contiguous, loaded for a transposed parameter: same values at the same indices."""
+    plain = make_params(((13, 7),))
+    optimizer = spec.make(plain)
+    train(optimizer, plain, 2)
+    turned = [torch.nn.Parameter(plain[0].detach().t().contiguous().t())]
+    resumed = spec.make(turned)
+    resumed.load_state_dict(saved(optimizer))
+    train(optimizer, plain, 2, 2)
+    train(resumed, turned, 2, 2)
+    assert_same_bits(plain, turned)
+
+
+# ---- aliasing ----------------------------------------------------------------------------------------------------
+
+
+def flattened(state_dict):
+    for index, state in state_dict["state"].items():
+        for name, value in state.items():
+            yield (index, name), value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_class
+def test_loaded_dict_is_neither_changed_nor_kept(spec, dtype):
+    params = make_params(SHAPES, dtype)
+    optimizer = spec.make(params, lr=torch.tensor(0.01))
+    train(optimizer, params, 2)
+    checkpoint = optimizer.state_dict()
+    before = copy.deepcopy(checkpoint)
+    resumed_params = clone_params(params)
+    resumed = spec.make(resumed_params)
+    resumed.load_state_dict(checkpoint)
+    train(resumed, resumed_params, 2, 2)
+    resumed.param_groups[0]["lr"].fill_(0.5)
+    resumed.param_groups[0]["note"] = "new"
+    assert repr(checkpoint["param_groups"]) == repr(before["param_groups"])
+    assert_same_bits([v for _, v in flattened(checkpoint)], [v for _, v in flattened(before)], "saved value")
+    loaded = [value.data_ptr() for _, value in flattened(resumed.state_dict()) if value.numel()]
+    assert not {value.data_ptr() for _, value in flattened(checkpoint) if value.numel()} & set(loaded)
+    with nothing_changes(resumed):  # nor does the optimizer see what becomes of the dict
+        for _, value in flattened(checkpoint):
+            value.fill_(3.0)
+        checkpoint["param_groups"][0]["weight_decay"] = 9.0
+
+
+# ---- odd, but valid ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [int, float, lambda step: torch.tensor(int(step)), lambda step: torch.tensor([float(step)])],
+                         ids=["int", "float", "int64 tensor", "1 element"])  # fmt: skip
+@every_twin
+def test_step_count_may_be_saved_as_any_number(spec, number):
+    """As older torch, Apex and DeepSpeed do."""
+    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer, plain = spec.make(params), spec.make(plain_params)
+    train(optimizer, params, 3)
+    train(plain, plain_params, 6)
+    checkpoint = saved(optimizer)
+    for state in checkpoint["state"].values():
+        for name in ("step", spec.rule.extra):
+            if name in state:
+                state[name] = number(state[name]) if name == "step" else float(state[name])
+    resumed = spec.make(params)
+    resumed.load_state_dict(checkpoint)
+    for state in resumed.state.values():
+        if spec.rule.keeps_step:
+            assert same_bits(state["step"], torch.tensor(3.0))
+    train(resumed, params, 3, 3)
+    assert_same_bits(params, plain_params)
+
+
+@every_twin
+def test_step_count_put_in_as_a_number_counts_on(spec):
+    """By hand, past load_state_dict."""
+    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer, plain = spec.make(params), spec.make(plain_params)
+    train(optimizer, params, 3)
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = int(state["step"])
+    train(optimizer, params, 2, 3)
+    train(plain, plain_params, 5)
+    assert_same_bits(params, plain_params)
+    assert all(float(state.get("step", 5)) == 5 for state in optimizer.state.values())
+
+
+def test_momentum_buffer_of_none_is_a_first_step():
+    """What torch.optim.SGD saves for a parameter without a step under momentum."""
+    params, twin_params = make_params(SHAPES), make_params(SHAPES)
+    options = dict(lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.125)
+    twin = torch.optim.SGD(twin_params, lr=0.1, weight_decay=0.125)
+    train(twin, twin_params, 2)
+    checkpoint = saved(twin)
+    assert all(state["momentum_buffer"] is None for state in checkpoint["state"].values())
+    checkpoint["param_groups"][0].update(momentum=0.9, dampening=0.5)
+    optimizer, torchs = fusedopt.SGD(params, **options), torch.optim.SGD(clone_params(params), **options)
+    optimizer.load_state_dict(checkpoint)
+    torchs.load_state_dict(checkpoint)
+    train(optimizer, params, 3)
+    train(torchs, torchs.param_groups[0]["params"], 3)
+    assert_same_run(optimizer, torchs, 1e-6)
+
+
+@pytest.mark.parametrize("source", [fusedopt.Adam, torch.optim.Adam], ids=["ours", "torchs"])
+def test_adamw_that_loads_adams_checkpoint_stays_decoupled(source):
+    params = make_params(SHAPES, torch.float64)
+    adam = source(params, lr=0.01, weight_decay=0.125)
+    train(adam, params, 3)
+    checkpoint = saved(adam)
+    assert checkpoint["param_groups"][0]["decoupled_weight_decay"] is False
+    results = []
+    for cls in (fusedopt.AdamW, torch.optim.AdamW):
+        optimizer = cls(clone_params(params), lr=0.5)
+        optimizer.load_state_dict(checkpoint)
+        assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
+        train(optimizer, optimizer.param_groups[0]["params"], 3, 3)
+        results.append(optimizer)
+    assert_same_run(*results, 1e-12)
+
+
+def test_own_options_survive_a_checkpoint_of_torchs():
+    """A checkpoint that does not know an option leaves it as the constructor set it."""
+    params = make_params(SHAPES)
+    twin = torch.optim.RMSprop(params, lr=0.01)
+    train(twin, params, 2)
+    optimizer = fusedopt.RMSprop(clone_params(params), eps_inside_sqrt=True, max_grad_norm=2.0)
+    optimizer.load_state_dict(saved(twin))
+    assert optimizer.param_groups[0]["eps_inside_sqrt"] is True
+    assert optimizer.max_grad_norm == 2.0
+
+
+@every_class
+def test_options_that_an_old_checkpoint_lacks_are_the_constructors(spec):
+    params = make_params(SHAPES)
+    optimizer = spec.make(params)
+    train(optimizer, params, 2)
+    checkpoint = saved(optimizer)
+    for group in checkpoint["param_groups"]:
+        for name in ("maximize", "foreach", "fused", "capturable", "differentiable"):
+            group.pop(name, None)
+    resumed = spec.make(clone_params(params), maximize=True)
+    resumed.load_state_dict(checkpoint)
+    assert resumed.param_groups[0]["maximize"] is True
+    train(resumed, resumed.param_groups[0]["params"], 1)
+
+
+@every_class
+def test_foreign_keys_of_groups_survive(spec):
+    params = make_params(SHAPES)
+    optimizer = spec.make([{"params": params, "lr_scale": 0.3, "initial_lr": 0.7}])
+    train(optimizer, params, 1)
+    resumed = spec.make(clone_params(params))
+    resumed.load_state_dict(saved(optimizer))
+    assert resumed.param_groups[0]["lr_scale"] == 0.3
+    assert resumed.param_groups[0]["initial_lr"] == 0.7
+
+
+@every_class
+def test_parameter_names_of_the_optimizer_are_kept(spec):
+    params = make_params(SHAPES)
+    optimizer = spec.make(params)
+    train(optimizer, params, 1)
+    named = spec.make([(f"weight{i}", param) for i, param in enumerate(clone_params(params))])
+    named.load_state_dict(saved(optimizer))
+    assert named.param_groups[0]["param_names"] == [f"weight{i}" for i in range(len(params))]
+
+
+@every_class
+def test_pending_clip_does_not_survive_a_load(spec):
+    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer, plain = spec.make(params), spec.make(plain_params)
+    checkpoint = saved(plain)
+    set_grads(params, 0)
+    set_grads(plain_params, 0)
+    optimizer.clip_grad_norm_(0.01)
+    optimizer.load_state_dict(checkpoint)
+    optimizer.step()
+    plain.step()
+    assert_same_bits(params, plain_params)
+
+
+@every_class
+def test_load_hooks_run_around_the_load(spec):
+    params = make_params(SHAPES)
+    optimizer = spec.make(params)
+    train(optimizer, params, 2)
+    checkpoint = saved(optimizer)
+    resumed = spec.make(clone_params(params))
+    seen = []
+
+    def pre(opt, state_dict):
+        seen.append(("pre", bool(opt.state)))
+        state_dict["param_groups"][0]["lr"] = 0.77  # of a shallow copy of the outer dict, as in torch
+        return {**state_dict, "state": {**state_dict["state"]}}
+
+    resumed.register_load_state_dict_pre_hook(pre)
+    resumed.register_load_state_dict_post_hook(lambda opt: seen.append(("post", opt.param_groups[0]["lr"])))
+    resumed.load_state_dict(checkpoint)
+    has_state = bool(optimizer.state)
+    assert seen == [("pre", False), ("post", 0.77)]
+    assert bool(resumed.state) == has_state
+
+
+# ---- refused -----------------------------------------------------------------------------------------------------
+
+
+def other_group_count(checkpoint):
+    checkpoint["param_groups"].append({**checkpoint["param_groups"][0], "params": []})
+
+
+def other_size(checkpoint):
+    checkpoint["param_groups"][1]["params"].append(99)
+
+
+def other_shape(checkpoint):
+    for state in checkpoint["state"].values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == (1021,):
+                state[name] = value[:-1]
+
+
+def transposed(checkpoint):
+    for state in checkpoint["state"].values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == (13, 7):
+                state[name] = value.t()
+
+
+def not_a_tensor(checkpoint):
+    for state in checkpoint["state"].values():
+        for name, value in state.items():
+            if value.dim() > 0:
+                state[name] = value.tolist()
+
+
+def missing_state(checkpoint):
+    for state in checkpoint["state"].values():
+        for name in [*state]:
+            if state[name].dim() > 0:
+                del state[name]
+                state["unrelated"] = torch.ones(3)
+                break
+
+
+def bad_option(checkpoint):
+    checkpoint["param_groups"][1]["lr"] = -0.5
+
+
+def bad_step(checkpoint):
+    for state in checkpoint["state"].values():
+        state["step"] = torch.tensor(-3.0)
+
+
+WRONG = {
+    other_group_count: r"it has 3 parameter groups, the optimizer 2",
+    other_size: r"param_groups\[1\] has 3 parameters, the optimizer's 2",
+    other_shape: r"param_groups\[0\]\['params'\]\[1\]: state '\w+' has shape \(1020,\), the parameter \(1021,\)",
+    transposed: r"param_groups\[0\]\['params'\]\[0\]: state '\w+' has shape \(7, 13\), the parameter \(13, 7\)",
+    not_a_tensor: r"state '\w+' has shape list, the parameter \(13, 7\)",
+    missing_state: r"param_groups\[0\]\['params'\]\[0\]: state '\w+' is missing",
+    bad_option: r"param_groups\[1\]: lr must be >= 0, got -0.5",
+    bad_step: r"param_groups\[0\]\['params'\]\[0\]: step is -3",
+}
+
+
+def applies(spec, change):
+    """Momentum may be absent, for its first step; some rules keep no step count."""
+    return {missing_state: not spec.rule.states[0].option, bad_step: spec.rule.keeps_step}.get(change, True)
+
+
+@pytest.mark.parametrize(
+    "spec, change",
+    [(spec, change) for spec in SPECS for change in WRONG if applies(spec, change)],
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
+)
+def test_checkpoint_that_does_not_fit_is_refused_whole(spec, change):
+    params = make_params(SHAPES)
+    optimizer = spec.make(groups_of(params))
+    train(optimizer, params, 3)
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    for state in checkpoint["state"].values():
+        for value in state.values():
+            value.add_(1)
+    checkpoint["param_groups"][0]["lr"] = 0.9
+    change(checkpoint)
+    reason = re.compile(WRONG[change], re.DOTALL)
+    with nothing_changes(optimizer), pytest.raises(ValueError, match=reason) as raised:
+        optimizer.load_state_dict(checkpoint)
+    assert f"{spec.name}.load_state_dict: " in str(raised.value)
+    assert "unchanged" in str(raised.value)
+
+    plain_params = make_params(SHAPES)
+    plain = spec.make(groups_of(plain_params))
+    train(plain, plain_params, 3)
+    train(optimizer, params, 2, 3)
+    train(plain, plain_params, 2, 3)
+    assert_same_bits(params, plain_params)
+
+
+def test_refusal_lists_the_first_five_differences():
+    shapes = [(3 + i,) for i in range(7)]
+    params, others = make_params(shapes), make_params([(4 + i,) for i in range(7)])
+    optimizer, other = fusedopt.Lion(params), fusedopt.Lion(others)
+    train(other, others, 1)
+    with pytest.raises(ValueError, match="and 2 more") as raised:
+        optimizer.load_state_dict(other.state_dict())
+    assert str(raised.value).count("has shape") == 5
+
+
+CLASSES = sorted({case.optimizer for case in CASES} - {"AdamW"})
+
+
+@pytest.mark.parametrize("source, into", [*itertools.permutations(CLASSES, 2)])
+def test_checkpoint_of_another_class_is_refused(source, into):
+    options = {"lr": 0.01, "weight_decay": 0.125}
+    momentum = {"momentum": 0.9}
+    others, params = make_params(SHAPES), make_params(SHAPES)
+    other = getattr(fusedopt, source)(others, **options, **(momentum if source == "SGD" else {}))
+    optimizer = getattr(fusedopt, into)(params, **options, **(momentum if into == "SGD" else {}))
+    train(other, others, 2)
+    train(optimizer, params, 2)
+    with nothing_changes(optimizer), pytest.raises(ValueError, match="does not fit this optimizer"):
+        optimizer.load_state_dict(saved(other))
+
+
+@every_class
+def test_step_after_a_load_uses_the_loaded_states(spec):
+    """Though a plan of the old ones is cached."""
+    params = make_params(SHAPES)
+    optimizer = spec.make(params)
+    train(optimizer, params, 2)
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    for state in checkpoint["state"].values():
+        for name, value in state.items():
+            if value.dim() > 0:
+                state[name] = randn(value.shape, seed=3).abs()
+    middle = clone_params(params)
+    optimizer.load_state_dict(checkpoint)
+    train(optimizer, params, 2, 2)
+
+    fresh = spec.make(middle)
+    fresh.load_state_dict(checkpoint)
+    train(fresh, middle, 2, 2)
+    assert_same_bits(params, middle)
+    for param, twin in zip(params, middle, strict=True):
+        assert_same_bits(optimizer.state.get(param, {}).values(), fresh.state.get(twin, {}).values(), "state")

@@ -1,0 +1,582 @@
+"""Bad input: the type and text of every refusal, and that parameters, states and step counts are bitwise what they were."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import (
+    SPECS,
+    assert_same_bits,
+    assert_unchanged,
+    every_class,
+    make_params,
+    nothing_changes,
+    randn,
+    set_grads,
+    snapshot,
+    train,
+)
+
+import fusedopt
+from fusedopt.rules import RANGES
+
+SHAPES = ((13, 7), (1021,), (5, 3, 3))
+NAMES = ("stem.weight", "stem.bias", "head.weight")
+
+
+# ---- at construction ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec, kwargs, message",
+    [(spec, kwargs, message) for spec in SPECS for kwargs, message in spec.rule.errors],
+    ids=str,
+)
+def test_option_that_the_row_refuses(spec, kwargs, message):
+    with pytest.raises(ValueError, match=rf"^{spec.name}: param_groups\[0\]: {message}"):
+        spec.cls(make_params(SHAPES), **kwargs)
+
+
+def out_of_range(spec):
+    """Every hyperparameter of the rule that has a range, with values on either side of it."""
+    for name in spec.rule.hyper:
+        if name not in RANGES:
+            continue
+        low, high, includes_high = RANGES[name]
+        values = [math.nan, -math.inf]
+        values += [math.inf] if not includes_high or high < math.inf else []
+        values += [-1e-12] if low == 0 else []
+        values += [1.0000001 if includes_high else 1.0] if high == 1 else []
+        for value in values:
+            if name in ("beta1", "beta2"):
+                label = "betas[0]" if name == "beta1" else "betas[1]"
+                yield label, {"betas": (value, 0.9) if name == "beta1" else (0.9, value)}, value
+            else:
+                yield name, {name: value}, value
+
+
+RANGE_ROWS = [(spec, label, edit, value) for spec in SPECS for label, edit, value in out_of_range(spec)]
+
+
+@pytest.mark.parametrize("where", ["constructor", "second group", "added group"])
+@pytest.mark.parametrize("spec, label, edit, value", RANGE_ROWS, ids=str)
+def test_option_out_of_range_is_refused_at_construction(spec, label, edit, value, where):
+    params = make_params(SHAPES)
+    index = 0 if where == "constructor" else 1
+    message = rf"^{spec.name}: param_groups\[{index}\]: {re.escape(label)} must be .*, got {re.escape(str(value))}$"
+    if where == "added group":
+        optimizer = spec.make(params[:1])
+        with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": params[1:], **edit})
+        optimizer.add_param_group({"params": params[1:]})  # none of them is taken
+        return
+    with pytest.raises(ValueError, match=message):
+        if where == "constructor":
+            spec.make(params, **edit)
+        else:
+            spec.make([{"params": params[:1]}, {"params": params[1:], **edit}])
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first step", "third step"])
+@pytest.mark.parametrize("spec, label, edit, value", RANGE_ROWS, ids=str)
+def test_option_set_out_of_range_later_is_refused_by_the_step(spec, label, edit, value, warm):
+    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer, plain = (spec.make([{"params": at[:1]}, {"params": at[1:]}]) for at in (params, plain_params))
+    train(optimizer, params, 2 * warm)
+    train(plain, plain_params, 2 * warm)
+    group = optimizer.param_groups[1]
+    good = {name: group[name] for name in edit}
+    group.update(edit)
+    set_grads(params, 5)
+    message = (
+        rf"^{spec.name}.step: param_groups\[1\]: {re.escape(label)} must be .*, got {re.escape(str(value))}; "
+        r"nothing was updated$"
+    )
+    for _ in range(2):
+        with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
+            optimizer.step()
+    group.update(good)
+    train(optimizer, params, 2, 6)
+    train(plain, plain_params, 2, 6)
+    assert_same_bits(params, plain_params)
+
+
+BAD_VALUES = {
+    "a string": {"lr": "fast"},
+    "None": {"lr": None},
+    "a tensor of two": {"lr": torch.tensor([0.1, 0.2])},
+    "one beta": {"betas": (0.9,)},
+    "three betas": {"betas": (0.9, 0.99, 0.999)},
+    "betas as a number": {"betas": 0.9},
+    "betas of None": {"betas": (None, 0.9)},
+}
+
+
+BAD_VALUE_ROWS = [
+    (spec, name)
+    for spec in SPECS
+    for name, edit in BAD_VALUES.items()
+    if set(edit) <= set(spec.make(make_params(SHAPES)).defaults)
+]
+
+
+@pytest.mark.parametrize("spec, name", BAD_VALUE_ROWS, ids=str)
+def test_option_of_the_wrong_kind_is_refused_at_construction(spec, name):
+    edit = BAD_VALUES[name]
+    with pytest.raises((ValueError, TypeError), match=rf"^{spec.name}: param_groups\[0\]: {next(iter(edit))}"):
+        spec.make(make_params(SHAPES), **edit)
+
+
+@pytest.mark.parametrize("spec, name", BAD_VALUE_ROWS, ids=str)
+def test_option_of_the_wrong_kind_set_later_is_refused_by_the_step(spec, name):
+    edit = BAD_VALUES[name]
+    params = make_params(SHAPES)
+    optimizer = spec.make([{"params": params[:1]}, {"params": params[1:]}])
+    group = optimizer.param_groups[1]
+    train(optimizer, params, 2)
+    good = {key: group[key] for key in edit}
+    group.update(edit)
+    message = rf"^{spec.name}.step: param_groups\[1\]: {next(iter(edit))}.*nothing was updated$"
+    with nothing_changes(optimizer), pytest.raises((ValueError, TypeError), match=message):
+        optimizer.step()
+    group.update(good)
+    train(optimizer, params, 1, 2)
+
+
+@every_class
+def test_refusal_names_the_method_that_was_called(spec):
+    """Whichever of them the cached plan was made for."""
+    params = make_params(SHAPES)
+    optimizer = spec.make(params)
+    train(optimizer, params, 2)
+    optimizer.param_groups[0]["lr"] = -1.0
+    for method, call in (("clip_grad_norm_", lambda: optimizer.clip_grad_norm_(1.0)), ("step", optimizer.step)):
+        with (
+            nothing_changes(optimizer),
+            pytest.raises(ValueError, match=rf"^{spec.name}\.{method}: param_groups\[0\]: lr"),
+        ):
+            call()
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "maximize"])
+@every_class
+def test_option_removed_later_is_refused_by_the_step(spec, name):
+    params = make_params(SHAPES)
+    optimizer = spec.make([{"params": params[:1]}, {"params": params[1:]}])
+    train(optimizer, params, 2)
+    del optimizer.param_groups[1][name]
+    message = rf"^{spec.name}.step: param_groups\[1\]: '{name}' is missing; nothing was updated$"
+    with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "spec, slot", [(spec, slot) for spec in SPECS for slot in spec.rule.states if slot.option],
+    ids=lambda value: getattr(value, "option", None) or str(value),
+)  # fmt: skip
+def test_option_switched_beside_a_refused_one_still_takes_effect(spec, slot):
+    """The refusal of group 1 must not lose what group 0 was told in the meantime."""
+    on, off = (0.6, 0) if slot.option == "momentum" else (True, False)
+    results = []
+    for refused in (False, True):
+        params = make_params(SHAPES)
+        optimizer = spec.make([{"params": params[:1]}, {"params": params[1:]}], **{slot.option: off})
+        train(optimizer, params, 2)
+        optimizer.param_groups[0][slot.option] = on
+        if refused:
+            optimizer.param_groups[1]["lr"] = -1.0
+            with nothing_changes(optimizer), pytest.raises(ValueError, match="lr must be"):
+                optimizer.step()
+            optimizer.param_groups[1]["lr"] = 0.01
+        train(optimizer, params, 2, 2)
+        assert slot.name in optimizer.state[params[0]]
+        assert slot.name not in optimizer.state.get(params[1], {})
+        results.append(params)
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "error"])
+@pytest.mark.parametrize(
+    "spec, slot", [(spec, slot) for spec in SPECS for slot in spec.rule.states if slot.option],
+    ids=lambda value: getattr(value, "option", None) or str(value),
+)  # fmt: skip
+def test_step_that_does_not_happen_makes_no_optional_state(spec, slot, nonfinite):
+    """Though an option that needs one has just come on."""
+    on, off = (0.6, 0) if slot.option == "momentum" else (True, False)
+    params = make_params(SHAPES)
+    optimizer = spec.make(params, nonfinite=nonfinite, **{slot.option: off})
+    train(optimizer, params, 2)
+    optimizer.param_groups[0][slot.option] = on
+    set_grads(params, 3)
+    params[1].grad[7] = math.nan
+    with nothing_changes(optimizer):
+        if nonfinite == "skip":
+            optimizer.step()
+        else:
+            with pytest.raises(RuntimeError, match="NaN or infinity"):
+                optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@every_class
+def test_unsupported_parameter_dtype_is_refused_at_construction(spec, dtype):
+    params = make_params(SHAPES)
+    bad = torch.nn.Parameter(torch.ones(3, 5).to(dtype))
+    short = str(dtype).removeprefix("torch.")
+    message = (
+        rf"^{spec.name}: param_groups\[1\]\['params'\]\[1\] \('bad'\), shape \(3, 5\), {short} on cpu: "
+        r"parameters of this dtype are not supported \(supported: float32, float64, bfloat16, float16\)$"
+    )
+    groups = [{"params": [("good", params[0])]}, {"params": [("fine", params[1]), ("bad", bad)]}]
+    with pytest.raises(TypeError, match=message):
+        spec.make(groups)
+    optimizer = spec.make(groups[:1])
+    with nothing_changes(optimizer), pytest.raises(TypeError, match=message):
+        optimizer.add_param_group({"params": [("fine", params[1]), ("bad", bad)]})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool], ids=str)
+@every_class
+def test_integer_tensor_may_be_listed_but_not_stepped(spec, dtype):
+    """As in torch: it cannot require a gradient, so it has none, unless someone puts one there."""
+    params, count = make_params(SHAPES), torch.ones(4, dtype=dtype)
+    optimizer = spec.make([*params, count])
+    train(optimizer, params, 2)
+    assert count not in optimizer.state
+    count.grad = torch.ones(4, dtype=dtype)
+    set_grads(params, 3)
+    short = str(dtype).removeprefix("torch.")
+    message = (
+        rf"^{spec.name}.step: param_groups\[0\]\['params'\]\[3\], shape \(4,\), {short} on cpu.*nothing was updated$"
+    )
+    with nothing_changes(optimizer), pytest.raises(TypeError, match=message):
+        optimizer.step()
+
+
+@every_class
+def test_differentiable_is_refused(spec):
+    params = make_params(SHAPES)
+    with pytest.raises(RuntimeError, match=rf"^{spec.name} does not support differentiable=True; use torch.optim"):
+        spec.make(params, differentiable=True)
+    with pytest.raises(ValueError, match=r"param_groups\[1\]: differentiable=True is not supported"):
+        spec.make([{"params": params[:1]}, {"params": params[1:], "differentiable": True}])
+
+
+@pytest.mark.parametrize("nonfinite", ["ignore", "", None, True, "SKIP"], ids=str)
+def test_unknown_nonfinite_is_refused(nonfinite):
+    message = rf"^nonfinite must be one of 'propagate', 'skip', 'error', got {re.escape(repr(nonfinite))}$"
+    with pytest.raises(ValueError, match=message):
+        fusedopt.AdamW(make_params(SHAPES), nonfinite=nonfinite)
+
+
+NO_TENSOR = "optimizer can only optimize Tensors"
+CONSTRUCTION = {
+    "no parameters": (lambda: [], ValueError, "got an empty parameter list"),
+    "a generator, used up": (lambda: (param for param in []), ValueError, "got an empty parameter list"),
+    "a tensor": (lambda: torch.nn.Parameter(randn((3,))), TypeError, "iterable of Tensors or dicts"),
+    "numbers": (lambda: [1.0, 2.0], TypeError, NO_TENSOR),
+    "a non-leaf": (lambda: [torch.nn.Parameter(randn((3,))) * 2], ValueError, "non-leaf Tensor"),
+    "a set": (lambda: [{"params": set(make_params(SHAPES))}], TypeError, "ordered collections"),
+    "a parameter in two groups": (
+        lambda: [{"params": (shared := make_params(SHAPES))}, {"params": shared[:1]}],
+        ValueError,
+        "more than one parameter group",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTION)
+@every_class
+def test_wrong_parameters_are_refused_in_torchs_words(spec, name):
+    make, kind, message = CONSTRUCTION[name]
+    with pytest.raises(kind, match=message):
+        spec.make(make())
+    if spec.twin_name:
+        with pytest.raises(kind, match=message):
+            spec.twin(make())
+
+
+# ---- backends ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["argument", "environment"])
+@pytest.mark.parametrize("name, kind, message", [
+    ("cudnn", ValueError, r"must be one of 'auto', 'cuda', 'triton', 'cpu', 'reference', got 'cudnn'"),
+    ("CPU", ValueError, r"must be one of .*, got 'CPU'"),
+])  # fmt: skip
+def test_unknown_backend_is_refused(name, kind, message, source, monkeypatch):
+    given = {"backend": name} if source == "argument" else {}
+    label = "backend" if given else "FUSEDOPT_BACKEND"
+    if not given:
+        monkeypatch.setenv("FUSEDOPT_BACKEND", name)
+    with pytest.raises(kind, match=f"^{label} {message}"):
+        fusedopt.AdamW(make_params(SHAPES), **given)
+
+
+@pytest.mark.parametrize("source", ["argument", "environment"])
+def test_backend_that_cannot_be_used_says_why(source, monkeypatch):
+    monkeypatch.setattr(fusedopt.backends.triton, "unavailable", lambda: "no such luck")
+    given = {"backend": "triton"} if source == "argument" else {}
+    label = "backend" if given else "FUSEDOPT_BACKEND"
+    if not given:
+        monkeypatch.setenv("FUSEDOPT_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=f"^{label}='triton' cannot be used: no such luck"):
+        fusedopt.AdamW(make_params(SHAPES), **given)
+
+
+def test_backend_that_does_not_fit_the_device_is_refused_by_the_step(monkeypatch):
+    monkeypatch.setattr(fusedopt.backends.cuda, "unavailable", lambda: None)
+    params = make_params(SHAPES)
+    optimizer = fusedopt.AdamW(params, backend="cuda")
+    set_grads(params, 0)
+    with nothing_changes(optimizer), pytest.raises(RuntimeError, match="backend='cuda' does not work on cpu"):
+        optimizer.step()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="environment")
+def test_unknown_instruction_set_is_refused_at_import():
+    result = subprocess.run(
+        [sys.executable, "-c", "import fusedopt"],
+        env={**os.environ, "FUSEDOPT_CPU_ISA": "x86_64_v9"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode != 0
+    assert "FUSEDOPT_CPU_ISA='x86_64_v9' is not available on this CPU; it has " in result.stderr
+
+
+# ---- refused by the step -----------------------------------------------------------------------------------------
+# Each breaks the last parameter, in the second group, of a named model; `(13, 7)` and `(1021,)` come before it.
+
+
+class Odd(torch.Tensor):
+    """A subclass that dispatches itself."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return NotImplemented
+
+
+def sparse_gradient(optimizer, param):
+    param.grad = randn(param.shape).to_sparse()
+
+
+def gradient_of_another_shape(optimizer, param):
+    param.data = randn((3, 5, 3), seed=1)
+
+
+def gradient_of_another_size(optimizer, param):
+    param.data = randn((5, 3, 4), seed=1)
+
+
+def double_gradient(optimizer, param):
+    param.grad = None
+    param.grad_dtype = None
+    param.grad = randn(param.shape, torch.float64)
+
+
+def integer_gradient(optimizer, param):
+    param.grad = None
+    param.grad_dtype = None
+    param.grad = torch.ones(param.shape, dtype=torch.int64)
+
+
+def meta_parameter(optimizer, param):
+    meta = torch.nn.Parameter(torch.empty(param.shape, device="meta"))
+    meta.grad = torch.empty(param.shape, device="meta")
+    optimizer.param_groups[1]["params"][0] = meta
+
+
+def complex_parameter(optimizer, param):
+    param.grad = None
+    param.data = randn(param.shape).to(torch.complex64)
+    param.grad = randn(param.shape).to(torch.complex64)
+
+
+def expanded_parameter(optimizer, param):
+    param.data = randn((1, 3, 3), seed=1).expand(5, 3, 3)
+
+
+def self_overlapping_parameter(optimizer, param):
+    param.data = randn((20,), seed=1).as_strided((5, 3, 3), (2, 1, 1))
+
+
+def overlapping_parameters(optimizer, param):
+    buffer = randn((1060,), seed=1)
+    optimizer.param_groups[0]["params"][1].data = buffer[:1021]
+    param.data = buffer[1015:1060].view(5, 3, 3)
+
+
+def state_of_another_shape(optimizer, param):
+    replace_state(optimizer, param, lambda value: value[:, :, 1:])
+
+
+def state_of_another_dtype(optimizer, param):
+    replace_state(optimizer, param, lambda value: value.bfloat16())
+
+
+def state_that_is_a_list(optimizer, param):
+    replace_state(optimizer, param, lambda value: value.tolist())
+
+
+def state_on_meta(optimizer, param):
+    replace_state(optimizer, param, lambda value: value.to("meta"))
+
+
+def expanded_state(optimizer, param):
+    replace_state(optimizer, param, lambda value: value[:1].expand(5, 3, 3))
+
+
+def replace_state(optimizer, param, change):
+    rule = optimizer.rule
+    slot = next(slot for slot in rule.stored(optimizer.param_groups[1]) if slot)
+    value = optimizer.state[param].get(slot.name) if param in optimizer.state else None
+    value = torch.ones(5, 3, 3) if value is None else value
+    optimizer.state[param] = {**optimizer.state.get(param, {}), slot.name: change(value)}
+
+
+HEAD = r"param_groups\[1\]\['params'\]\[0\] \('head.weight'\), "
+REFUSED = {
+    sparse_gradient: (
+        RuntimeError,
+        HEAD + r"shape \(5, 3, 3\), float32 on cpu: gradient has layout sparse_coo; only dense",
+    ),
+    gradient_of_another_shape: (
+        RuntimeError,
+        HEAD + r"shape \(3, 5, 3\), float32 on cpu: gradient has shape \(5, 3, 3\)",
+    ),
+    gradient_of_another_size: (
+        RuntimeError,
+        HEAD + r"shape \(5, 3, 4\), float32 on cpu: gradient has shape \(5, 3, 3\)",
+    ),
+    double_gradient: (
+        RuntimeError,
+        HEAD + r"shape \(5, 3, 3\), float32 on cpu: gradient is float64 "
+        r"\(supported for this parameter: float32, bfloat16, float16\)",
+    ),
+    integer_gradient: (RuntimeError, HEAD + r"shape \(5, 3, 3\), float32 on cpu: gradient is int64 \(supported"),
+    meta_parameter: (RuntimeError, HEAD + r"shape \(5, 3, 3\), float32 on meta: parameter is on the meta device"),
+    complex_parameter: (
+        TypeError,
+        HEAD + r"shape \(5, 3, 3\), complex64 on cpu: parameters of this dtype are not supported",
+    ),
+    expanded_parameter: (
+        RuntimeError,
+        HEAD + r"shape \(5, 3, 3\), float32 on cpu: several of its elements share one address, strides \(0, 3, 1\)",
+    ),
+    self_overlapping_parameter: (
+        RuntimeError,
+        HEAD + r".*several of its elements share one address, strides \(2, 1, 1\)",
+    ),
+    overlapping_parameters: (
+        ValueError,
+        HEAD + r"shape \(5, 3, 3\), float32 on cpu: shares memory with "
+        r"param_groups\[0\]\['params'\]\[1\] \('stem.bias'\), shape \(1021,\), float32 on cpu; give the optimizer one",
+    ),
+    state_of_another_shape: (
+        ValueError,
+        HEAD + r"shape \(5, 3, 3\), float32 on cpu: state '\w+' has shape \(5, 3, 2\)",
+    ),
+    state_of_another_dtype: (TypeError, HEAD + r".*: state '\w+' is bfloat16, not float32"),
+    state_that_is_a_list: (TypeError, HEAD + r".*: state '\w+' is a list, not a tensor"),
+    state_on_meta: (RuntimeError, HEAD + r".*: state '\w+' is on the meta device, it has no values"),
+    expanded_state: (RuntimeError, HEAD + r".*: several elements of state '\w+' share one address"),
+}
+
+
+@pytest.mark.parametrize("backend, limit", [("cpu", None), ("cpu", 1.0), ("reference", None)])
+@pytest.mark.parametrize("warm", [False, True], ids=["first step", "third step"])
+@pytest.mark.parametrize("damage", REFUSED, ids=lambda damage: damage.__name__)
+@every_class
+def test_step_refuses_by_name_and_changes_nothing(spec, damage, warm, backend, limit):
+    """The damage is in group 1: group 0 must not move either. Undone, the run goes on as if nothing had been."""
+    if damage in (double_gradient, integer_gradient) and not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch wants gradients in the parameter's dtype")
+    kind, message = REFUSED[damage]
+
+    def build():
+        params = make_params(SHAPES)
+        named = [*zip(NAMES, params, strict=True)]
+        groups = [{"params": named[:2]}, {"params": named[2:], "lr": 0.03}]
+        optimizer = spec.make(groups, max_grad_norm=limit, backend=backend)
+        train(optimizer, params, 2 * warm)
+        return params, optimizer
+
+    params, optimizer = build()
+    set_grads(params, 5)
+    good = [(param, param.data) for param in params]
+    good_state = {param: dict(state) for param, state in optimizer.state.items()}
+    damage(optimizer, params[2])
+    before = snapshot(optimizer)
+    for _ in range(2):
+        with pytest.raises(kind, match=rf"^{spec.name}\.step: {message}.*; nothing was updated$"):
+            optimizer.step()
+        assert_unchanged(before, optimizer)
+    with pytest.raises(kind, match=rf"^{spec.name}\.clip_grad_norm_: {message}.*; nothing was updated$"):
+        optimizer.clip_grad_norm_(1.0)
+    assert_unchanged(before, optimizer)
+
+    for param, data in good:
+        param.grad = None
+        param.data = data
+    optimizer.param_groups[1]["params"][0] = params[2]
+    optimizer.state.clear()
+    optimizer.state.update(good_state)
+    plain_params, plain = build()
+    train(optimizer, params, 2, 8)
+    train(plain, plain_params, 2, 8)
+    assert_same_bits(params, plain_params)
+
+
+@every_class
+def test_subclass_that_dispatches_itself_is_refused(spec):
+    params = make_params(SHAPES)
+    optimizer = spec.make(params)
+    train(optimizer, params, 1)
+    params[1].grad = torch.Tensor._make_wrapper_subclass(Odd, (1021,), dtype=torch.float32)
+    message = (
+        rf"^{spec.name}.step: param_groups\[0\]\['params'\]\[1\], .*gradient is a Odd; this tensor subclass is not"
+    )
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(TypeError, match=message):
+        optimizer.step()
+    assert_same_bits(params, before)
+
+
+@every_class
+def test_refused_step_still_returns_to_the_caller_after_the_closure(spec):
+    """The closure has run, its gradients stay; the update has not."""
+    params = make_params(SHAPES)
+    optimizer = spec.make(params)
+    train(optimizer, params, 1)
+    optimizer.param_groups[0]["lr"] = math.nan
+    calls = []
+
+    def closure():
+        calls.append(1)
+        set_grads(params, 4)
+        return 1.0
+
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match="lr must be >= 0, got nan"):
+        optimizer.step(closure)
+    assert calls == [1]
+    assert_same_bits(params, before)
+    assert all(param.grad is not None for param in params)
+
+
+@every_class
+def test_views_side_by_side_do_not_overlap(spec):
+    """Neighbours in one buffer, as DDP and flat parameters have them, are not refused, nor are interleaved columns."""
+    buffer, matrix = randn((100,)), randn((13, 6))
+    params = [torch.nn.Parameter(view) for view in (buffer[:33], buffer[33:40], buffer[40:40], buffer[40:])]
+    params += [torch.nn.Parameter(matrix[:, :3]), torch.nn.Parameter(matrix[:, 3:])]
+    apart = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    train(spec.make(params), params, 2)
+    train(spec.make(apart), apart, 2)
+    assert_same_bits(params, apart)
