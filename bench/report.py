@@ -17,7 +17,7 @@ from rich.table import Table
 
 import fusedopt
 from bench.peers import OURS, TORCH_FOREACH, TORCH_FUSED
-from bench.step import LARGE, Result
+from bench.step import DISTURBED, LARGE, Result
 
 SCHEMA = 1
 # (workload, clip) -> how many times faster than torch fused AdamW.
@@ -59,6 +59,8 @@ def table(results: list[Result]) -> Table:
         times = [f"{result.median_ms(p):.3f} ({result.ratio(p):.2f}x)" if p in result.step_ms else "" for p in peers]
         has_many = result.tensors >= 1000
         judged = [f"[{'green' if met else 'red'}]{what}: {figure:.2f}[/]" for what, figure, met in targets(result)]
+        others = result.cores_used_by_others or 0.0
+        disturbed = f" [yellow](disturbed: others used {others:.1f} cores)[/]" if others > DISTURBED else ""
         view.add_row(
             result.workload,
             result.rule,
@@ -69,7 +71,7 @@ def table(results: list[Result]) -> Table:
             f"{100 * result.bandwidth_share():.0f} %" if result.params >= LARGE else "",
             f"{result.median_ms(OURS.name) * 1e3 / result.tensors:.3f}" if has_many else "",
             f"{max(result.check.values()):.2f}" if result.check else "",
-            "; ".join(judged),
+            "; ".join(judged) + disturbed,
         )
     return view
 

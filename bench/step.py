@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -32,6 +34,7 @@ WORKLOADS = {
     "1000x64": [(64,)] * 1000,
     "1000x1": [(1,)] * 1000,  # host cost
 }
+DISTURBED = 0.1  # cores
 # Elements; below, a step stays in the cache and its bandwidth is not that of memory.
 LARGE = 30_000_000
 
@@ -49,6 +52,7 @@ class Result:
     check: dict[str, float]  # peer -> largest part of the tolerance that a parameter used
     step_ms: dict[str, list[float]]  # contestant -> ms a step
     add_gb_s: list[float]  # in-place add in the same rounds, 12 bytes an element
+    cores_used_by_others: float | None  # on average while timing; above DISTURBED the row says little
 
     def median_ms(self, name: str) -> float:
         return statistics.median(self.step_ms[name])
@@ -111,6 +115,16 @@ def time_blocks(step: Callable[[], object], count: int) -> float:
     return (time.perf_counter_ns() - start) / count / 1e6
 
 
+def cpu_seconds() -> tuple[float, float, float] | None:
+    """(wall clock, CPU time of the whole machine, CPU time of this process), in seconds; None where /proc/stat is not."""
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return None
+    idle = fields[3] + fields[4]
+    return time.perf_counter(), (sum(fields) - idle) / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
 def run(
     workload: str, rule: BenchRule, clip: bool, peers: list[Contestant], rounds: int, block_ms: float = 20
 ) -> Result:
@@ -133,10 +147,15 @@ def run(
     target, addend = torch.randn(1 << 26), torch.randn(1 << 26)
     target.add_(addend)
     times, add_gb_s = {name: [] for name in steps}, []
+    before = cpu_seconds()
     for _ in range(rounds):
         for name, step in steps.items():
             times[name].append(time_blocks(step, counts[name]))
         add_gb_s.append(12 * target.numel() / time_blocks(lambda: target.add_(addend), 1) / 1e6)
+    others = None
+    if before is not None:
+        wall, busy, own = (end - start for start, end in zip(before, cpu_seconds(), strict=True))
+        others = max(0.0, (busy - own) / wall)
     numel = sum(param.numel() for param in params)
     bytes_per_param = rule.bytes_per_param + (4 if clip else 0)
-    return Result(workload, rule.name, clip, len(params), numel, bytes_per_param, used, times, add_gb_s)
+    return Result(workload, rule.name, clip, len(params), numel, bytes_per_param, used, times, add_gb_s, others)

@@ -1,6 +1,7 @@
 """The benchmark checks before it times, and writes what it says."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def test_json_holds_every_figure_of_every_row(tmp_path):
     assert set(rows["AdamW", True]["ratio"]) == {"torch fused", "torch foreach"}
     assert set(rows["NAdam", False]["ratio"]) == {"torch foreach"} and rows["Lion", False]["ratio"] == {}
     for row in written["results"]:
+        assert 0 <= row["cores_used_by_others"] <= os.cpu_count()
         assert row["params"] == 33 * 65 + 1021 + 7
         assert all(len(samples) == 3 and min(samples) > 0 for samples in row["step_ms"].values())
     assert rows["AdamW", True]["bytes_per_param"] == rows["AdamW", False]["bytes_per_param"] + 4
