@@ -77,10 +77,10 @@ class Plan:
 
         entries = self._collect(param_groups)
         chosen = {device: backends.choose(device, backend) for device in {entry.param.device for entry in entries}}
-        self._check_overlap([entry for entry in entries if entry.param.grad is not None])
         try:
             for entry in entries:
                 self._attach_state(entry, param_groups[entry.group], state)
+            self._check_overlap([entry for entry in entries if not entry.is_idle])
         except BaseException:
             self.discard_fresh_state()
             raise

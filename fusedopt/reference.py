@@ -11,8 +11,17 @@ import torch
 
 
 def total_norm(grads):
-    r"""Global 2-norm ‖g‖ = sqrt(Σ g²) over all elements of all ``grads``, in float64."""
-    return torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads]).norm() if grads else torch.zeros(())
+    r"""Global 2-norm ‖g‖ = sqrt(Σ g²) over all elements of all ``grads``, in float64.
+
+    Divided by the largest element first, so that the squares of no finite gradient overflow or vanish.
+    """
+    grads = [grad for grad in grads if grad.numel() > 0]
+    if not grads:
+        return torch.zeros((), dtype=torch.float64)
+    largest = torch.stack([grad.abs().max().double() for grad in grads]).max()
+    if not 0 < largest < float("inf"):
+        return largest  # 0, inf or NaN
+    return largest * torch.stack([torch.linalg.vector_norm(grad.double() / largest) for grad in grads]).norm()
 
 
 def clip_coefficient(norm, max_norm):

@@ -23,6 +23,7 @@ from helpers import (
 )
 
 import fusedopt
+from fusedopt import reference
 
 # ---- the ways to clip --------------------------------------------------------------------------------------------
 # Each makes (optimizers over all of `params`, a function that takes one clipped step).
@@ -658,3 +659,11 @@ def test_refused_clip_over_several_optimizers_clips_none():
     train(fusedopt.SGD(plain_params, lr=0.1), plain_params, 1)
     first.step()
     assert_same_bits(params, plain_params)
+
+
+def test_reference_norm_neither_overflows_nor_vanishes():
+    """The specification must not have the fault that it is there to show."""
+    for magnitude in (1e200, 1e-200):
+        grads = [torch.tensor([3.0, 0.0]).double() * magnitude, torch.tensor([[4.0]]).double() * magnitude]
+        assert float(reference.total_norm(grads)) == pytest.approx(5 * magnitude, rel=1e-14)
+    assert float(reference.total_norm([torch.zeros(0), torch.zeros(3)])) == 0
