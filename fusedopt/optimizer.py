@@ -61,8 +61,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[index]
         try:
             where = f"{type(self).__name__}: param_groups[{index}]"
-            if group.get("differentiable"):
-                raise ValueError(f"{where}: differentiable=True is not supported")
             try:
                 check_options(self.rule, group)
             except (ValueError, TypeError) as error:

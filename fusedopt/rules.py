@@ -198,6 +198,8 @@ RULES = {
 
 def check_options(rule: Rule, group: Mapping[str, Any]) -> tuple[float, ...]:
     """A group's scalars in ABI order, or ValueError saying which hyperparameter is out of which range."""
+    if group.get("differentiable"):
+        raise ValueError("differentiable=True is not supported; use torch.optim for it")
     scalars = rule.scalars(group)
     for name, value in zip(rule.hyper, scalars, strict=True):
         if name in RANGES:

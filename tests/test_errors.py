@@ -580,3 +580,18 @@ def test_views_side_by_side_do_not_overlap(spec):
     train(spec.make(params), params, 2)
     train(spec.make(apart), apart, 2)
     assert_same_bits(params, apart)
+
+
+def test_overlap_of_parameters_that_take_turns_is_noticed():
+    """Neither step has two overlapping gradients; the third has."""
+    storage = randn((40,), torch.float32, 0)
+    first, second = torch.nn.Parameter(storage[:30]), torch.nn.Parameter(storage[20:])
+    optimizer = fusedopt.AdamW([first, second])
+    first.grad = randn((30,), torch.float32, 1)
+    optimizer.step()
+    first.grad, second.grad = None, randn((20,), torch.float32, 2)
+    with pytest.raises(
+        ValueError, match=r"param_groups\[0\]\['params'\]\[1\].*shares memory with .*\[0\].*nothing was"
+    ):
+        optimizer.step()
+    assert second not in optimizer.state
