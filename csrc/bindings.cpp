@@ -244,6 +244,7 @@ class Plan {
   // Reads every parameter's and gradient's address again. False: something is not as planned, make a new plan.
   // Holds on to the gradients it saw until release().
   bool refresh() {
+    if (is_busy_) throw std::runtime_error("another thread is in a step of the same optimizer");
     release();
     TensorInfo now;
     num_active_ = 0;
@@ -272,6 +273,7 @@ class Plan {
   }
 
   void release() {
+    if (is_busy_) return;
     for (PyObject* grad : held_) Py_DECREF(grad);
     held_.clear();
   }
@@ -288,6 +290,7 @@ class Plan {
   bool all_active() const { return num_active_ == slots_.size(); }
 
   double grad_norm(int num_threads) {
+    const Busy busy(is_busy_);
     py::gil_scoped_release unlocked;
     return cpu::grad_norm(table_, num_threads);
   }
@@ -302,6 +305,7 @@ class Plan {
   }
 
   void update(const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef, int num_threads) {
+    const Busy busy(is_busy_);
     py::gil_scoped_release unlocked;
     cpu::update(table_, hyper, grad_coef, num_threads);
   }
@@ -313,6 +317,16 @@ class Plan {
   }
 
  private:
+  // While the engine works without the GIL, no other thread may change the table or let go of the gradients.
+  struct Busy {
+    explicit Busy(bool& flag) : flag_(flag) {
+      if (flag_) throw std::runtime_error("another thread is in a step of the same optimizer");
+      flag_ = true;
+    }
+    ~Busy() { flag_ = false; }
+    bool& flag_;
+  };
+
   struct Slot {
     Seen param;
     PyTypeObject* grad_type = nullptr;
@@ -358,6 +372,7 @@ class Plan {
   std::vector<PyObject*> held_;
   size_t num_active_ = 0;
   size_t next_checked_ = 0;
+  bool is_busy_ = false;
 };
 
 py::dict rule_table() {

@@ -9,6 +9,7 @@ import pickle
 import re
 import select
 import signal
+import threading
 import tracemalloc
 import warnings
 import weakref
@@ -1052,3 +1053,29 @@ def test_compiled_model_trains():
     train_step()
     assert bits(params[0]) != before
     assert re.match("AdamW", repr(optimizer))
+
+
+def test_steps_of_one_optimizer_in_two_threads_never_overlap():
+    """Each either runs alone or is refused; the count of the ones that ran is the count of steps taken."""
+    param = torch.nn.Parameter(randn((1_500_000,), torch.float32, 0))
+    optimizer = fusedopt.AdamW([param], max_grad_norm=1.0)
+    param.grad = randn((1_500_000,), torch.float32, 1)
+    optimizer.step()
+    outcomes = []
+
+    def run():
+        for _ in range(15):
+            try:
+                optimizer.step()
+                outcomes.append(True)
+            except RuntimeError as error:
+                assert "another thread is in a step" in str(error)
+                outcomes.append(False)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 30
+    assert float(optimizer.state[param]["step"]) == 1 + sum(outcomes)
