@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.progress import track
@@ -15,29 +18,54 @@ from bench.peers import PEERS, RULES
 from bench.step import WORKLOADS, CheckFailed, run
 
 RESULTS = Path(__file__).parent / "results"
+ALL_RULES = ("4x16.8m", "10x1m")  # workloads that every rule runs on
 
 
 def plan(workloads: list[str], rules: list[str]) -> list[tuple[str, str, bool]]:
     """(workload, rule, clip) of every row: AdamW everywhere and clipped, the others on two workloads, not clipped."""
-    rows = [(w, "AdamW", clip) for w in workloads for clip in (True, False) if "AdamW" in rules]
-    return rows + [
-        (w, rule, False) for rule in rules if rule != "AdamW" for w in workloads if w in ("4x16.8m", "10x1m")
+    return [
+        (workload, rule, clip)
+        for workload in workloads
+        for rule in rules
+        for clip in (True, False)
+        if rule == "AdamW" or (workload in ALL_RULES and not clip)
     ]
 
 
+def default_path(device: str, whole: bool) -> Path:
+    """Results that are kept are never overwritten; those of a part of the benchmark are, and git ignores them."""
+    stem = f"{device}-{datetime.date.today()}"
+    if not whole:
+        return RESULTS / f"{stem}-quick.json"
+    names = itertools.chain([f"{stem}.json"], (f"{stem}-{number}.json" for number in itertools.count(2)))
+    return next(RESULTS / name for name in names if not (RESULTS / name).exists())
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line."""
+        self.exit(2, f"bench: {message}\n")
+
+
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = Parser(prog="python -m bench", description=__doc__)
     parser.add_argument("device", choices=sorted(PEERS))
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no 124M-parameter model")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, metavar="NAME", help=", ".join(WORKLOADS))
     parser.add_argument("--rules", nargs="+", choices=RULES, metavar="NAME", help=", ".join(RULES))
-    parser.add_argument("--rounds", type=int, help="default 15, with --quick 5")
+    parser.add_argument("--repeats", type=int, help="rounds of every row; default 15, with --quick 5")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--out", type=Path, help="default: bench/results/DEVICE-DATE.json")
+    parser.add_argument("--out", type=Path, help="default: bench/results/DEVICE-DATE.json; of a part, -quick.json")
     options = parser.parse_args(argv)
-    for name in ("rounds", "threads"):
+    for name in ("repeats", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    options.out = options.out or default_path(
+        options.device, whole=not (options.quick or options.workloads or options.rules)
+    )
+    folder = options.out.parent
+    if options.out.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        parser.error(f"--out: cannot write {options.out}")
     return options
 
 
@@ -46,18 +74,20 @@ def main(argv: list[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     workloads = options.workloads or [name for name in WORKLOADS if not (options.quick and name == "gpt2-124m")]
-    rounds = options.rounds or (5 if options.quick else 15)
+    rounds = options.repeats or (5 if options.quick else 15)
+    rows = plan(workloads, options.rules or list(RULES))
+    if not rows:
+        print(f"bench: nothing to time: rules other than AdamW run on {' and '.join(ALL_RULES)}", file=sys.stderr)
+        return 2
     results = []
     try:
-        rows = plan(workloads, options.rules or list(RULES))
         for workload, rule, clip in track(rows, "benchmark", disable=not sys.stderr.isatty(), transient=True):
             results.append(run(workload, RULES[rule], clip, list(PEERS[options.device]), rounds))
     except CheckFailed as error:
         print(f"bench: {error}; not timed", file=sys.stderr)
         return 1
-    path = options.out or RESULTS / f"{options.device}-{datetime.date.today()}.json"
-    report.write(results, path)
-    report.show(results, path)
+    report.write(results, options.out)
+    report.show(results, options.out)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench.peers import OURS, BenchRule, Contestant
+from bench.peers import MAX_NORM, OURS, BenchRule, Contestant
 
 _BLOCK = [
     (768,),
@@ -37,6 +38,7 @@ WORKLOADS = {
 DISTURBED = 0.1  # cores
 # Elements; below, a step stays in the cache and its bandwidth is not that of memory.
 LARGE = 30_000_000
+ADD_ELEMENTS = 1 << 26  # 256 MB a tensor
 
 
 @dataclass
@@ -51,11 +53,20 @@ class Result:
     bytes_per_param: int
     check: dict[str, float]  # peer -> largest part of the tolerance that a parameter used
     step_ms: dict[str, list[float]]  # contestant -> ms a step
-    add_gb_s: list[float]  # in-place add in the same rounds, 12 bytes an element
+    add_gb_s: list[float]  # in-place add in the same rounds, 12 bytes an element; none below LARGE
     cores_used_by_others: float | None  # on average while timing; above DISTURBED the row says little
 
     def median_ms(self, name: str) -> float:
         return statistics.median(self.step_ms[name])
+
+    def spread(self, name: str) -> float:
+        """Middle half of the rounds (third quartile less first), as a part of the median."""
+        ordered = sorted(self.step_ms[name])
+        first, third = (ordered[round(part * (len(ordered) - 1))] for part in (0.25, 0.75))
+        return (third - first) / self.median_ms(name)
+
+    def us_per_tensor(self, name: str) -> float:
+        return self.median_ms(name) * 1e3 / self.tensors
 
     def ratio(self, peer: str) -> float:
         """How many times longer the peer takes: median over rounds of the ratio within a round."""
@@ -76,35 +87,60 @@ class CheckFailed(Exception):
     """A contestant does not compute what ours computes; its time would mean nothing."""
 
 
-def make_params(shapes: list[tuple[int, ...]], seed: int = 0) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    params = [torch.nn.Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in shapes]
-    for param in params:
-        param.grad = 0.01 * torch.randn(param.shape, generator=generator)
-    return params
+@functools.lru_cache(maxsize=1)  # rows of one workload follow each other
+def make_data(shapes: tuple[tuple[int, ...], ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(parameters, gradients) of a workload; nobody writes to them."""
+    generator = torch.Generator().manual_seed(0)
+    start = [0.02 * torch.randn(shape, generator=generator) for shape in shapes]
+    return start, [0.1 * torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def check(rule: BenchRule, clip: bool, peers: list[Contestant], shapes, lr: float = 1e-3) -> dict[str, float]:
+@torch.no_grad()
+def load(params: list[torch.nn.Parameter], values: list[torch.Tensor]) -> None:
+    for param, value in zip(params, values, strict=True):
+        param.copy_(value)
+
+
+@torch.no_grad()
+def load_grads(params: list[torch.nn.Parameter], grads: list[torch.Tensor], scale: float) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad.copy_(grad).mul_(scale)
+
+
+def check(
+    steps: dict[str, Callable[[], object]], params: list[torch.nn.Parameter], start, grads, clip: bool
+) -> dict[str, float]:
     """Two steps of each contestant from the same start; returns the part of the tolerance used, by peer.
 
-    The tolerance is 1e-5 of the largest parameter, a hundredth of one update.
+    The tolerance is a thousandth of the largest move of a parameter in these steps, and four roundings of the largest one.
+    Adam's update hardly changes when all gradients are scaled alike, so with clipping the first gradient is above the norm
+    allowed and the second below: a contestant that does not clip, or to another norm, mixes the two differently.
 
     Raises:
         CheckFailed: a peer is outside of it.
     """
-    ended = {}
-    for contestant in (OURS, *peers):
-        params = make_params(shapes)
-        step = contestant.make(rule, params, clip, lr)
-        step()
-        step()
-        ended[contestant.name] = torch.cat([param.detach().flatten() for param in params])
-    ours = ended.pop(OURS.name)
-    used = {name: float((theirs - ours).abs().max() / (1e-5 * ours.abs().max())) for name, theirs in ended.items()}
-    for name, part in used.items():
-        if not part <= 1:
-            raise CheckFailed(f"{rule.name}, clip={clip}: {name} differs from ours by {part:.3g} times the tolerance")
+    norm = float(torch.nn.utils.get_total_norm(grads))
+    scales = (4 * MAX_NORM / norm, MAX_NORM / 2 / norm) if clip else (1.0, 0.5)
+    ours, tolerance, used = [], 0.0, {}
+    for name in (OURS.name, *(name for name in steps if name != OURS.name)):
+        load(params, start)
+        for scale in scales:
+            load_grads(params, grads, scale)
+            steps[name]()
+        if name == OURS.name:
+            ours = [param.detach().clone() for param in params]
+            tolerance = 1e-3 * largest_difference(ours, start) + 2**-22 * max(float(v.abs().max()) for v in start)
+        else:
+            used[name] = largest_difference(params, ours) / tolerance
+            if not used[name] <= 1:
+                raise CheckFailed(f"{name} differs from ours by {used[name]:.3g} times the tolerance")
     return used
+
+
+@torch.no_grad()
+def largest_difference(left, right) -> float:
+    """Infinite or NaN where an element is."""
+    return float(torch.stack([(a - b).abs().max() for a, b in zip(left, right, strict=True)]).max())
 
 
 def time_blocks(step: Callable[[], object], count: int) -> float:
@@ -128,34 +164,43 @@ def cpu_seconds() -> tuple[float, float, float] | None:
 def run(
     workload: str, rule: BenchRule, clip: bool, peers: list[Contestant], rounds: int, block_ms: float = 20
 ) -> Result:
-    """Times ours and every peer that has the rule, in turn, ``rounds`` times.
+    """Checks, then times ours and every peer that has the rule, in turn, ``rounds`` times.
 
     A round takes as many steps in a row as fill ``block_ms``, so that short steps are timed in the steady state. The
-    contestants share parameters and gradients; each has states of its own.
-    """
-    shapes = WORKLOADS[workload]
-    small = [shape for shape in shapes if torch.Size(shape).numel() < 3_000_000][:50] or [(1000, 1003)]
-    peers = [peer for peer in peers if peer.make(rule, [torch.nn.Parameter(torch.ones(1))], clip, 0.0)]
-    used = check(rule, clip, peers, small)
+    contestants share parameters and gradients; each has states of its own. What is timed are the objects that were checked.
+    clip_grad_norm_ writes the gradients it clips, so from the second step on their norm is at the limit; no one's work
+    depends on that.
 
-    params = make_params(shapes)
-    steps = {peer.name: peer.make(rule, params, clip, 1e-5) for peer in (OURS, *peers)}
-    counts = {}
-    for name, step in steps.items():
-        step()
-        counts[name] = max(1, round(block_ms / time_blocks(step, 2)))
-    target, addend = torch.randn(1 << 26), torch.randn(1 << 26)
-    target.add_(addend)
+    Raises:
+        CheckFailed: a peer computes something else; nothing was timed.
+    """
+    start, grads = make_data(tuple(WORKLOADS[workload]))
+    params = [torch.nn.Parameter(value.clone()) for value in start]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    made = {contestant.name: contestant.make(rule, params, clip, 1e-3) for contestant in (OURS, *peers)}
+    steps = {name: step for name, step in made.items() if step is not None}
+    try:
+        used = check(steps, params, start, grads, clip)
+    except CheckFailed as error:
+        raise CheckFailed(f"{workload}, {rule.name}, {'with' if clip else 'without'} clip: {error}") from None
+
+    load_grads(params, grads, 1.0)
+    counts = {name: max(1, round(block_ms / time_blocks(step, 1))) for name, step in steps.items()}
+    numel = sum(param.numel() for param in params)
     times, add_gb_s = {name: [] for name in steps}, []
+    if numel >= LARGE:
+        target, addend = torch.ones(ADD_ELEMENTS), torch.ones(ADD_ELEMENTS)
+        target.add_(addend)
     before = cpu_seconds()
     for _ in range(rounds):
         for name, step in steps.items():
             times[name].append(time_blocks(step, counts[name]))
-        add_gb_s.append(12 * target.numel() / time_blocks(lambda: target.add_(addend), 1) / 1e6)
+        if numel >= LARGE:
+            add_gb_s.append(12 * ADD_ELEMENTS / time_blocks(lambda: target.add_(addend), 2) / 1e6)
     others = None
     if before is not None:
         wall, busy, own = (end - start for start, end in zip(before, cpu_seconds(), strict=True))
         others = max(0.0, (busy - own) / wall)
-    numel = sum(param.numel() for param in params)
     bytes_per_param = rule.bytes_per_param + (4 if clip else 0)
     return Result(workload, rule.name, clip, len(params), numel, bytes_per_param, used, times, add_gb_s, others)

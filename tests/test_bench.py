@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from bench import step
 from bench.peers import PEERS, RULES, TORCH_FUSED, Contestant
 
 SHAPES = [(33, 65), (1021,), (7,)]
+BENCH = Path(bench_main.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -18,48 +21,131 @@ def tiny(monkeypatch):
     monkeypatch.setitem(step.WORKLOADS, "10x1m", SHAPES)
 
 
+def bench(*arguments) -> int:
+    """Exit status of ``python -m bench``."""
+    try:
+        return bench_main.main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        return exit_.code
+
+
+def test_gpt2_is_gpt2():
+    """148 tensors, 124,439,808 parameters: the head is the embedding."""
+    sizes = [torch.Size(shape).numel() for shape in step.WORKLOADS["gpt2-124m"]]
+    assert (len(sizes), sum(sizes)) == (148, 124_439_808)
+
+
 def test_json_holds_every_figure_of_every_row(tmp_path):
     out = tmp_path / "cpu.json"
     names = ["AdamW", "NAdam", "Lion"]
-    assert bench_main.main(["cpu", "--workloads", "10x1m", "--rules", *names, "--rounds", "3", "--out", str(out)]) == 0
+    assert bench("cpu", "--workloads", "10x1m", "--rules", *names, "--repeats", 3, "--out", out) == 0
     written = json.loads(out.read_text())
-    assert written["machine"]["torch"] == torch.__version__ and written["machine"]["threads"] >= 1
+    assert str(BENCH.parent) not in out.read_text()
+    assert set(written) == {"schema", "machine", "results"}
+    about = written["machine"]
+    assert about["torch"] == torch.__version__ and about["threads"] >= 1
+    assert {"cpu", "cores", "memory_gib", "python", "fusedopt", "commit", "modified", "date"} <= set(about)
     rows = {(row["rule"], row["clip"]): row for row in written["results"]}
     assert set(rows) == {("AdamW", True), ("AdamW", False), ("NAdam", False), ("Lion", False)}
     assert set(rows["AdamW", True]["ratio"]) == {"torch fused", "torch foreach"}
     assert set(rows["NAdam", False]["ratio"]) == {"torch foreach"} and rows["Lion", False]["ratio"] == {}
     for row in written["results"]:
-        assert 0 <= row["cores_used_by_others"] <= os.cpu_count()
+        assert row["cores_used_by_others"] is None or 0 <= row["cores_used_by_others"] <= os.cpu_count()
         assert row["params"] == 33 * 65 + 1021 + 7
         assert all(len(samples) == 3 and min(samples) > 0 for samples in row["step_ms"].values())
+        assert set(row["check"]) == set(row["ratio"]) and all(0 <= part <= 1 for part in row["check"].values())
+        for name, samples in row["step_ms"].items():
+            assert row["min_ms"][name] == min(samples) <= row["median_ms"][name] == sorted(samples)[1]
+            assert row["spread"][name] >= 0 and row["us_per_tensor"][name] > 0
     assert rows["AdamW", True]["bytes_per_param"] == rows["AdamW", False]["bytes_per_param"] + 4
     assert rows["AdamW", True]["targets"]
+
+
+def test_share_of_bandwidth_is_measured_on_large_workloads(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "LARGE", 1000)
+    monkeypatch.setattr(bench_main.report, "LARGE", 1000)
+    monkeypatch.setattr(step, "ADD_ELEMENTS", 1000)
+    out = tmp_path / "cpu.json"
+    assert bench("cpu", "--workloads", "10x1m", "--rules", "Lion", "--repeats", 2, "--out", out) == 0
+    (row,) = json.loads(out.read_text())["results"]
+    assert len(row["add_gb_s"]) == 2 and row["bandwidth_share"] > 0
+    assert [target["what"] for target in row["targets"]] == [">= 95 % of in-place add"]
 
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("clip", [False, True])
 def test_every_contestant_computes_what_ours_does(name, clip):
-    peers = [peer for peer in PEERS["cpu"] if peer.make(RULES[name], [torch.nn.Parameter(torch.ones(1))], clip, 0.0)]
-    assert peers or RULES[name].twin is None
-    step.check(RULES[name], clip, peers, SHAPES)
+    result = step.run("10x1m", RULES[name], clip, list(PEERS["cpu"]), rounds=1, block_ms=0.1)
+    assert result.check or RULES[name].twin is None
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_wrong_contestant_is_not_timed(clip, monkeypatch, capsys, tmp_path):
-    wrong = Contestant("wrong", lambda rule, params, clip, lr: TORCH_FUSED.make(rule, params, clip, 1.02 * lr))
-    with pytest.raises(step.CheckFailed, match="wrong differs from ours"):
-        step.check(RULES["AdamW"], clip, [wrong], SHAPES)
-    monkeypatch.setitem(PEERS, "cpu", (wrong,))
+def _altered(**change):
+    """torch fused, but for one thing."""
+    return lambda rule, params, clip, lr: TORCH_FUSED.make(rule, params, *({"clip": clip, "lr": lr} | change).values())
+
+
+def _other_norm(rule, params, clip, lr):
+    optimizer = torch.optim.AdamW(params, lr=lr, **rule.kwargs)
+
+    def clip_and_step():
+        torch.nn.utils.clip_grad_norm_(params, 1.1)
+        optimizer.step()
+
+    return clip_and_step
+
+
+@pytest.mark.parametrize(
+    "clip, make",
+    [
+        pytest.param(False, _altered(lr=1.02e-3), id="lr"),
+        pytest.param(True, _altered(lr=1.02e-3), id="lr, clipped"),
+        pytest.param(True, _altered(clip=False), id="does not clip"),
+        pytest.param(True, _other_norm, id="clips to another norm"),
+        pytest.param(False, lambda rule, params, *rest: TORCH_FUSED.make(rule, params[:-1], *rest), id="one left out"),
+    ],
+)
+@pytest.mark.parametrize("workload", ["10x1m", "1000x1"])
+def test_wrong_contestant_is_not_timed(workload, clip, make, monkeypatch):
+    monkeypatch.setattr(step, "time_blocks", None)
+    with pytest.raises(step.CheckFailed, match=f"{workload}, AdamW, .*wrong differs from ours"):
+        step.run(workload, RULES["AdamW"], clip, [Contestant("wrong", make)], rounds=1)
+
+
+def test_wrong_contestant_ends_the_run_with_status_1(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(PEERS, "cpu", (Contestant("wrong", _altered(lr=2e-3)),))
     out = tmp_path / "cpu.json"
-    assert bench_main.main(["cpu", "--workloads", "10x1m", "--rounds", "1", "--out", str(out)]) == 1
+    assert bench("cpu", "--workloads", "10x1m", "--repeats", 1, "--out", out) == 1
     assert "not timed" in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize(
-    "arguments", [["cpu", "--rules", "Adamax"], ["cpu", "--workloads", "huge"], ["tpu"], ["cpu", "--rounds", "0"]]
+    "arguments, named",
+    [
+        (["cpu", "--rules", "Adamax"], "Adamax"),
+        (["cpu", "--workloads", "huge"], "huge"),
+        (["tpu"], "tpu"),
+        (["cpu", "--repeats", "0"], "--repeats must be at least 1"),
+        (["cpu", "--out", "no/such/folder/cpu.json"], "no/such/folder"),
+        (["cpu", "--workloads", "1000x64", "--rules", "SGD"], "10x1m"),
+    ],
 )
-def test_bad_arguments_exit_with_status_2(arguments, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        bench_main.main(arguments)
-    assert exit_.value.code == 2
-    assert arguments[-1] in capsys.readouterr().err or arguments[-1] == "0"
+def test_bad_arguments_exit_with_status_2_and_one_line(arguments, named, capsys):
+    assert bench(*arguments) == 2
+    message = capsys.readouterr().err
+    assert named in message and message.startswith("bench: ") and message.count("\n") == 1
+
+
+def test_kept_results_are_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_main, "RESULTS", tmp_path)
+    first = bench_main.default_path("cpu", whole=True)
+    first.write_text("kept")
+    second = bench_main.default_path("cpu", whole=True)
+    assert second.name == f"{first.stem}-2.json"
+    assert bench_main.arguments(["cpu", "--quick"]).out.name == f"{first.stem}-quick.json"
+
+
+def test_uses_nothing_private():
+    for path in BENCH.glob("*.py"):
+        assert not re.search(
+            r"fusedopt\._(?!_)|fusedopt\.(plan|backends|optimizer|clip|rules|errors)\b", path.read_text()
+        )
