@@ -15,7 +15,7 @@ from rich.progress import track
 
 from bench import report
 from bench.peers import PEERS, RULES
-from bench.step import WORKLOADS, CheckFailed, run
+from bench.step import WORKLOADS, CheckFailed, keep_freed_memory, run
 
 RESULTS = Path(__file__).parent / "results"
 ALL_RULES = ("4x16.8m", "10x1m")  # workloads that every rule runs on
@@ -79,6 +79,7 @@ def main(argv: list[str]) -> int:
     if not rows:
         print(f"bench: nothing to time: rules other than AdamW run on {' and '.join(ALL_RULES)}", file=sys.stderr)
         return 2
+    memory_kept = keep_freed_memory()
     results = []
     try:
         for workload, rule, clip in track(rows, "benchmark", disable=not sys.stderr.isatty(), transient=True):
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> int:
     except CheckFailed as error:
         print(f"bench: {error}; not timed", file=sys.stderr)
         return 1
-    report.write(results, options.out)
+    report.write(results, options.out, memory_kept)
     report.show(results, options.out)
     return 0
 

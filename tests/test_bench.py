@@ -44,7 +44,17 @@ def test_json_holds_every_figure_of_every_row(tmp_path):
     assert set(written) == {"schema", "machine", "results"}
     about = written["machine"]
     assert about["torch"] == torch.__version__ and about["threads"] >= 1
-    assert {"cpu", "cores", "memory_gib", "python", "fusedopt", "commit", "modified", "date"} <= set(about)
+    assert {
+        "cpu",
+        "cores",
+        "memory_gib",
+        "python",
+        "fusedopt",
+        "commit",
+        "modified",
+        "freed_memory_kept",
+        "date",
+    } <= set(about)
     rows = {(row["rule"], row["clip"]): row for row in written["results"]}
     assert set(rows) == {("AdamW", True), ("AdamW", False), ("NAdam", False), ("Lion", False)}
     assert set(rows["AdamW", True]["ratio"]) == {"torch fused", "torch foreach"}
