@@ -23,10 +23,15 @@ SCHEMA = 2  # 2: spread, host cost of every contestant, modified, freed_memory_k
 # How many times faster than torch fused: AdamW after clip_grad_norm_, by workload; without clipping, every rule on all.
 CLIPPED = {"gpt2-124m": 1.35, "4x16.8m": 1.35, "10x1m": 1.4, "1000x64": 30.0}
 UNCLIPPED = 0.97
+VERDICTS = {True: "[green]met[/]", False: "[red]NOT MET[/]", None: "[yellow]not judged[/]"}
 
 
-def targets(result: Result) -> list[tuple[str, float, bool]]:
-    """(what, figure, met) for every target that a result is judged by."""
+def is_disturbed(result: Result) -> bool:
+    return (result.cores_used_by_others or 0.0) > DISTURBED
+
+
+def targets(result: Result) -> list[tuple[str, float, bool | None]]:
+    """(what, figure, met) for every target that a result is judged by; met is None where others disturbed the timing."""
     found = []
     fused, foreach = TORCH_FUSED.name, TORCH_FOREACH.name
     speedup = CLIPPED.get(result.workload) if result.clip else UNCLIPPED
@@ -40,7 +45,7 @@ def targets(result: Result) -> list[tuple[str, float, bool]]:
     if result.workload == "1000x1":
         microseconds = result.us_per_tensor(OURS.name)
         found.append(("<= 0.3 us a tensor", microseconds, microseconds <= 0.3))
-    return found
+    return [(what, figure, None if is_disturbed(result) else met) for what, figure, met in found]
 
 
 def table(results: list[Result]) -> Table:
@@ -52,12 +57,9 @@ def table(results: list[Result]) -> Table:
     for result in results:
         times = [f"{result.median_ms(p):.3f} ({result.ratio(p):.2f}x)" if p in result.step_ms else "" for p in peers]
         has_many = result.tensors >= 1000
-        judged = [
-            f"[{'green' if met else 'red'}]{what}: {figure:.2f}, {'met' if met else 'NOT MET'}[/]"
-            for what, figure, met in targets(result)
-        ]
-        others = result.cores_used_by_others or 0.0
-        disturbed = [f"[yellow]disturbed: others used {others:.1f} cores[/]"] if others > DISTURBED else []
+        judged = [f"{what}: {figure:.2f}, {VERDICTS[met]}" for what, figure, met in targets(result)]
+        if is_disturbed(result):
+            judged.append(f"[yellow]disturbed: others used {result.cores_used_by_others:.1f} cores[/]")
         view.add_row(
             result.workload,
             result.rule,
@@ -71,7 +73,7 @@ def table(results: list[Result]) -> Table:
             f"{100 * result.bandwidth_share():.0f} %" if result.params >= LARGE else "",
             " / ".join(f"{result.us_per_tensor(name):.2f}" for name in result.step_ms) if has_many else "",
             f"{max(result.check.values()):.2f}" if result.check else "",
-            "\n".join(judged + disturbed),
+            "\n".join(judged),
         )
     return view
 

@@ -82,6 +82,14 @@ def test_share_of_bandwidth_is_measured_on_large_workloads(tmp_path, monkeypatch
     assert [target["what"] for target in row["targets"]] == [">= 95 % of in-place add"]
 
 
+def test_disturbed_row_is_not_judged():
+    result = step.run("10x1m", RULES["AdamW"], True, list(PEERS["cpu"]), rounds=1, block_ms=0.1)
+    for others, verdicts in ((None, {True, False}), (0.0, {True, False}), (1.0, {None})):
+        result.cores_used_by_others = others
+        found = bench_main.report.targets(result)
+        assert found and {met for _, _, met in found} <= verdicts
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("clip", [False, True])
 def test_every_contestant_computes_what_ours_does(name, clip):
