@@ -13,12 +13,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 ROOT = Path(__file__).parent
 # sqrt vectorises only without errno; no fused multiply-add, so that every instruction set gives the same bits.
@@ -119,18 +121,17 @@ class BuildExt(build_ext):
 
     def openmp_flags(self):
         """["-fopenmp"] if a program with it compiles and links, else []: then plain threads are used."""
-        temp = Path(self.build_temp)
-        temp.mkdir(parents=True, exist_ok=True)
-        probe = temp / "openmp_probe.cpp"
-        probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
-        try:
-            objects = self.compiler.compile([str(probe)], output_dir="/", extra_postargs=["-fopenmp"])
-            self.compiler.link_executable(
-                objects, str(temp / "openmp_probe"), extra_postargs=["-fopenmp"], target_lang="c++"
-            )
-        except Exception as error:
-            print(f"building without OpenMP: {error}")
-            return []
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder, "openmp_probe.cpp")
+            probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
+            try:
+                objects = self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=["-fopenmp"])
+                self.compiler.link_executable(
+                    objects, str(Path(folder, "openmp_probe")), extra_postargs=["-fopenmp"], target_lang="c++"
+                )
+            except CCompilerError as error:
+                print(f"building without OpenMP: {error}")
+                return []
         return ["-fopenmp"]
 
     def build_cuda(self, nvcc, target):
