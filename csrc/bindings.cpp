@@ -1,4 +1,4 @@
-// Python <-> plan: reads tensors' addresses and layouts, watches for what changes them. No arithmetic.
+// Python <-> tables: reads tensors' addresses and layouts, watches for what changes them. No arithmetic.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -36,13 +36,16 @@ PyTypeObject* tensor_type = nullptr;
 PyObject* grad_of(PyObject* tensor) {
   static PyObject* const name = PyUnicode_InternFromString("grad");
   static PyObject* const known = PyObject_GetAttr(reinterpret_cast<PyObject*>(tensor_type), name);
-  static PyTypeObject* checked_type = nullptr;  // the last type whose `grad` was seen to be torch.Tensor's
-  if (Py_TYPE(tensor) != checked_type) {
-    PyObject* descriptor = PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(tensor)), name);
+  static PyObject* checked_type = nullptr;  // the last type whose `grad` was seen to be torch.Tensor's; kept alive
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  if (type != checked_type) {
+    PyObject* descriptor = PyObject_GetAttr(type, name);
+    if (descriptor == nullptr) return nullptr;
     const bool is_known = descriptor == known && Py_TYPE(descriptor) == &PyGetSetDescr_Type;
-    Py_XDECREF(descriptor);
+    Py_DECREF(descriptor);
     if (!is_known) return PyObject_GetAttr(tensor, name);
-    checked_type = Py_TYPE(tensor);
+    Py_INCREF(type);
+    Py_XSETREF(checked_type, type);
   }
   const PyGetSetDef* getset = reinterpret_cast<PyGetSetDescrObject*>(known)->d_getset;
   return getset->get(tensor, getset->closure);
@@ -153,7 +156,7 @@ class Watch {
   std::vector<const void*> seen_;
 };
 
-// ---- the plan --------------------------------------------------------------------------------------------------
+// ---- the parameters of one device ------------------------------------------------------------------------------
 
 // dtype, device, shape and strides: what two tensors must share to be the same to a plan. Most tensors of a model share
 // a few of these, which keeps the check of a step inside the cache.
@@ -196,63 +199,70 @@ struct Seen {
   }
 };
 
-class Plan {
+// Any number of parameters, their gradients and states: the table that an engine walks, and what it takes to see whether
+// the table still holds. Not for two threads at once: fusedopt/optimizer.py lets only one in.
+class Bucket {
  public:
-  ~Plan() { release(); }
+  ~Bucket() { release(); }
 
   // A parameter that has neither a gradient nor state yet; a gradient makes the plan out of date.
   void add_idle(const py::object& param) {
-    Slot slot;
-    slot.param.object = param.ptr();
-    slots_.push_back(slot);
+    Planned planned;
+    planned.param.object = param.ptr();
+    planned_.push_back(planned);
   }
 
   // `grad` may be None (the layout of `param` is then expected of a later one); states that are not stored are None.
   // is_strided: the tensors do not share one dense layout, so elements are paired by index instead of by address.
   void add(const py::object& param, const py::object& grad, const py::list& states, const py::object& step,
            const py::object& extra, int rule, int group, bool is_strided) {
-    Slot slot;
-    slot.param = remember(param);
-    slot.grad_layout = grad.is_none() ? slot.param.layout : remember(grad).layout;
-    slot.grad_type = grad.is_none() ? tensor_type : Py_TYPE(grad.ptr());
-    slot.entry = int(table_.entries.size());
+    Planned planned;
+    planned.param = remember(param);
+    planned.grad_layout = grad.is_none() ? planned.param.layout : remember(grad).layout;
+    planned.grad_type = grad.is_none() ? tensor_type : Py_TYPE(grad.ptr());
+    planned.entry = int(table_.entries.size());
     Entry entry;
-    entry.shape = slot.param.layout->shape;
+    entry.shape = planned.param.layout->shape;
     entry.numel = 1;
     for (const int64_t size : entry.shape) entry.numel *= size;
     entry.rule = rule;
     entry.group = group;
-    entry.operands[Entry::param] = operand(slot.param.data, *slot.param.layout, is_strided);
-    entry.operands[Entry::grad] = operand(nullptr, *slot.grad_layout, is_strided);
+    entry.operands[Entry::param] = operand(planned.param.data, *planned.param.layout, is_strided);
+    entry.operands[Entry::grad] = operand(nullptr, *planned.grad_layout, is_strided);
     for (size_t i = 0; i < states.size(); ++i) {
       if (states[i].is_none()) continue;
-      const Seen& state = slot.states[slot.num_states++] = remember(states[i]);
+      const Seen& state = planned.written[planned.num_written++] = remember(states[i]);
       entry.operands[Entry::first_state + i] = operand(state.data, *state.layout, is_strided);
     }
-    entry.step = reinterpret_cast<float*>(remember(step).data);
+    const Seen& count = planned.written[planned.num_written++] = remember(step);
+    entry.step = reinterpret_cast<float*>(count.data);
     if (!extra.is_none()) {
-      const Seen scalar = remember(extra);
+      const Seen& scalar = planned.written[planned.num_written++] = remember(extra);
       entry.extra = scalar.data;
       entry.extra_dtype = DType(scalar.layout->dtype);
     }
     table_.entries.push_back(std::move(entry));
-    slots_.push_back(slot);
+    planned_.push_back(planned);
   }
 
-  void finish() { table_.make_chunks(); }
+  void finish() {
+    table_.make_chunks();
+    int64_t numel = 0;
+    for (const Entry& entry : table_.entries) numel += entry.numel;
+    checks_per_step_ = std::min(planned_.size(), std::max<size_t>(min_checks, numel / elements_per_check));
+  }
 
   // Reads every parameter's and gradient's address again. False: something is not as planned, make a new plan.
   // Holds on to the gradients it saw until release().
   bool refresh() {
-    if (is_busy_) throw std::runtime_error("another thread is in a step of the same optimizer");
     release();
     TensorInfo now;
     num_active_ = 0;
-    held_.reserve(slots_.size());
-    for (const Slot& slot : slots_) {
-      const bool is_idle = slot.entry < 0;
-      if (!is_idle && !slot.param.unmoved()) return false;
-      PyObject* grad = grad_of(slot.param.object);
+    held_.reserve(planned_.size());
+    for (const Planned& planned : planned_) {
+      const bool is_idle = planned.entry < 0;
+      if (!is_idle && !planned.param.unmoved()) return false;
+      PyObject* grad = grad_of(planned.param.object);
       if (grad == nullptr) throw py::error_already_set();
       const bool is_active = grad != Py_None;
       if (!is_active) {
@@ -262,35 +272,37 @@ class Plan {
         if (is_idle) return false;
       }
       if (is_idle) continue;
-      Entry& entry = table_.entries[slot.entry];
+      Entry& entry = table_.entries[planned.entry];
       entry.is_active = is_active;
       if (!is_active) continue;
       ++num_active_;
-      if (Py_TYPE(grad) != slot.grad_type || !describe(grad, now) || !slot.grad_layout->fits(now)) return false;
+      if (Py_TYPE(grad) != planned.grad_type || !describe(grad, now) || !planned.grad_layout->fits(now)) return false;
+      if (now.data == nullptr && entry.numel > 0) return false;  // its storage was freed
       entry.operands[Entry::grad].data = now.data;
     }
-    return states_unmoved();
+    return written_unmoved();
   }
 
   void release() {
-    if (is_busy_) return;
-    for (PyObject* grad : held_) Py_DECREF(grad);
-    held_.clear();
+    std::vector<PyObject*> held;
+    held.swap(held_);  // letting go of a tensor can run anything
+    for (PyObject* grad : held) Py_DECREF(grad);
+    held.clear();
+    if (held_.empty()) held_.swap(held);  // keeps its memory
   }
 
   // Indices, in the order added, of the parameters that have a gradient.
   std::vector<size_t> active() const {
     std::vector<size_t> indices;
-    for (size_t i = 0; i < slots_.size(); ++i) {
-      if (slots_[i].entry >= 0 && table_.entries[slots_[i].entry].is_active) indices.push_back(i);
+    for (size_t i = 0; i < planned_.size(); ++i) {
+      if (planned_[i].entry >= 0 && table_.entries[planned_[i].entry].is_active) indices.push_back(i);
     }
     return indices;
   }
 
-  bool all_active() const { return num_active_ == slots_.size(); }
+  bool all_active() const { return num_active_ == planned_.size(); }
 
   double grad_norm(int num_threads) {
-    const Busy busy(is_busy_);
     py::gil_scoped_release unlocked;
     return cpu::grad_norm(table_, num_threads);
   }
@@ -298,54 +310,45 @@ class Plan {
   // Index, in the order added, of the first parameter whose gradient is not finite; -1 if none.
   int64_t first_nonfinite() const {
     const int64_t entry = cpu::first_nonfinite(table_);
-    for (size_t i = 0; entry >= 0 && i < slots_.size(); ++i) {
-      if (slots_[i].entry == entry) return int64_t(i);
+    for (size_t i = 0; entry >= 0 && i < planned_.size(); ++i) {
+      if (planned_[i].entry == entry) return int64_t(i);
     }
     return -1;
   }
 
   void update(const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef, int num_threads) {
-    const Busy busy(is_busy_);
     py::gil_scoped_release unlocked;
     cpu::update(table_, hyper, grad_coef, num_threads);
   }
 
-  // Bytes this plan holds beyond the tensors themselves.
+  // Bytes it holds beyond the tensors themselves.
   size_t scratch_bytes() const {
     return table_.entries.size() * sizeof(Entry) + table_.chunks.size() * (sizeof(Chunk) + sizeof(double)) +
-           table_.batches.size() * sizeof(Batch) + slots_.size() * sizeof(Slot);
+           table_.batches.size() * sizeof(Batch) + planned_.size() * sizeof(Planned);
   }
 
  private:
-  // While the engine works without the GIL, no other thread may change the table or let go of the gradients.
-  struct Busy {
-    explicit Busy(bool& flag) : flag_(flag) {
-      if (flag_) throw std::runtime_error("another thread is in a step of the same optimizer");
-      flag_ = true;
-    }
-    ~Busy() { flag_ = false; }
-    bool& flag_;
-  };
-
-  struct Slot {
+  // A parameter and all that a step must find as it was.
+  struct Planned {
     Seen param;
     PyTypeObject* grad_type = nullptr;
     const Layout* grad_layout = nullptr;
-    Seen states[max_states];
-    int num_states = 0;
-    int entry = -1;
+    Seen written[max_states + 2];  // states, step count, extra
+    int num_written = 0;
+    int entry = -1;  // index into the table; -1: idle
   };
 
-  // That a state is the same object is checked in every step (Watch). That its memory was not swapped under it, which
-  // takes `state.data = ...` or `share_memory_()`, costs as much to check as all the rest: up to 256 parameters a step,
-  // in turn. The old memory is kept by the Python side of the plan, so that a late notice never is a stray write.
-  bool states_unmoved() {
-    const size_t count = std::min<size_t>(slots_.size(), 256);
-    for (size_t i = 0; i < count; ++i) {
-      if (next_checked_ >= slots_.size()) next_checked_ = 0;
-      const Slot& slot = slots_[next_checked_++];
-      for (int state = 0; state < slot.num_states; ++state) {
-        if (!slot.states[state].unmoved()) return false;
+  // That a state is the same object is checked in every step (Watch). Whether its memory was swapped under it, which takes
+  // `state.data = ...` or `share_memory_()`, costs as much to see as all the rest: so for as many parameters a step as add
+  // little to its time, in turn. For 64 parameters, or any number of 4096 elements on average, that is all of them.
+  static constexpr size_t min_checks = 64, elements_per_check = 4096;
+
+  bool written_unmoved() {
+    for (size_t i = 0; i < checks_per_step_; ++i) {
+      if (next_checked_ >= planned_.size()) next_checked_ = 0;
+      const Planned& planned = planned_[next_checked_++];
+      for (int written = 0; written < planned.num_written; ++written) {
+        if (!planned.written[written].unmoved()) return false;
       }
     }
     return true;
@@ -368,11 +371,10 @@ class Plan {
 
   std::deque<Layout> layouts_;  // stay where they are as more come
   Table table_;
-  std::vector<Slot> slots_;
+  std::vector<Planned> planned_;
   std::vector<PyObject*> held_;
   size_t num_active_ = 0;
-  size_t next_checked_ = 0;
-  bool is_busy_ = false;
+  size_t checks_per_step_ = 0, next_checked_ = 0;
 };
 
 py::dict rule_table() {
@@ -397,6 +399,7 @@ PYBIND11_MODULE(_C, m) {
   py::list dtypes;
   for (const char* name : dtype_names) dtypes.append(name);
   m.attr("dtype_names") = dtypes;
+  m.attr("max_dims") = max_dims;
 #if defined(_OPENMP)
   m.attr("has_openmp") = true;
 #else
@@ -411,20 +414,20 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::list&, const py::dict&>(), py::arg("groups"), py::arg("state"))
       .def("unchanged", &Watch::unchanged, py::arg("groups"), py::arg("state"));
 
-  py::class_<Plan>(m, "Plan")
+  py::class_<Bucket>(m, "Bucket")
       .def(py::init<>())
-      .def("add_idle", &Plan::add_idle, py::arg("param"))
-      .def("add", &Plan::add, py::arg("param"), py::arg("grad"), py::arg("states"), py::arg("step"), py::arg("extra"),
+      .def("add_idle", &Bucket::add_idle, py::arg("param"))
+      .def("add", &Bucket::add, py::arg("param"), py::arg("grad"), py::arg("states"), py::arg("step"), py::arg("extra"),
            py::arg("rule"), py::arg("group"), py::arg("is_strided"))
-      .def("finish", &Plan::finish)
-      .def("refresh", &Plan::refresh)
-      .def("release", &Plan::release)
-      .def("active", &Plan::active)
-      .def("all_active", &Plan::all_active)
-      .def("grad_norm", &Plan::grad_norm, py::arg("num_threads"))
-      .def("first_nonfinite", &Plan::first_nonfinite)
-      .def("update", &Plan::update, py::arg("hyper"), py::arg("grad_coef"), py::arg("num_threads"))
-      .def("scratch_bytes", &Plan::scratch_bytes);
+      .def("finish", &Bucket::finish)
+      .def("refresh", &Bucket::refresh)
+      .def("release", &Bucket::release)
+      .def("active", &Bucket::active)
+      .def("all_active", &Bucket::all_active)
+      .def("grad_norm", &Bucket::grad_norm, py::arg("num_threads"))
+      .def("first_nonfinite", &Bucket::first_nonfinite)
+      .def("update", &Bucket::update, py::arg("hyper"), py::arg("grad_coef"), py::arg("num_threads"))
+      .def("scratch_bytes", &Bucket::scratch_bytes);
 }
 
 }  // namespace fusedopt

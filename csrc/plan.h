@@ -11,6 +11,7 @@
 namespace fusedopt {
 
 constexpr int max_states = 3;
+constexpr int max_dims = 64;  // of a tensor
 
 // One tensor as an update sees it. `strides` (in elements, one per dimension of the entry's shape; owned by whoever fills
 // the table) is null where the elements are walked in memory order, which any dense layout allows if all of the entry's

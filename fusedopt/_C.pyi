@@ -5,6 +5,7 @@ import torch
 rules: dict[str, tuple[int, str, int]]
 """Kernel name -> (index, hyperparameter names in ABI order, number of state slots)."""
 dtype_names: list[str]
+max_dims: int
 has_openmp: bool
 
 def use_torch(tensor: type, capsule: Any) -> bool: ...
@@ -16,7 +17,7 @@ class Watch:
     def __init__(self, groups: list[dict[str, Any]], state: dict[torch.Tensor, dict[str, Any]]) -> None: ...
     def unchanged(self, groups: list[dict[str, Any]], state: dict[torch.Tensor, dict[str, Any]]) -> bool: ...
 
-class Plan:
+class Bucket:
     def __init__(self) -> None: ...
     def add_idle(self, param: torch.Tensor) -> None: ...
     def add(

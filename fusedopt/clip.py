@@ -9,11 +9,14 @@ Gradients are never written: after any of the three, ``p.grad`` is what ``backwa
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.weak import TensorWeakRef
 
 from fusedopt.errors import UNCHANGED
 from fusedopt.plan import Plan, combine_norms
@@ -38,6 +41,17 @@ def check_max_norm(name: str, max_norm: float | None) -> float | None:
     return value
 
 
+def check_nonfinite(value: str) -> str:
+    """The same value.
+
+    Raises:
+        ValueError: none of `NONFINITE`.
+    """
+    if value not in NONFINITE:
+        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, got {value!r}")
+    return value
+
+
 def coefficient(norm: float, max_norm: float) -> float:
     """min(1, max_norm / (norm + 1e-6)), as torch; NaN for a NaN norm. An infinite limit never clips."""
     if max_norm == math.inf:
@@ -46,31 +60,75 @@ def coefficient(norm: float, max_norm: float) -> float:
     return 1.0 if coef >= 1 else coef
 
 
+def _version_of(grad: torch.Tensor) -> int:
+    """How often it was written to, as autograd counts; not counted for tensors made in inference mode."""
+    return 0 if grad.is_inference() else grad._version
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A clip that the next step is to make, and the gradients that it is for."""
+
+    coef: float
+    is_finite: bool  # whether the norm was
+    grads: dict[int, tuple[TensorWeakRef, int]]  # id -> (gradient, its version)
+
+    def knows(self, grad: torch.Tensor) -> bool:
+        """Whether the norm was taken of this gradient, perhaps with other values."""
+        return id(grad) in self.grads and self.grads[id(grad)][0]() is grad  # an id may be used again
+
+    def is_for(self, grad: torch.Tensor) -> bool:
+        """Whether the norm was taken of this gradient, not written to since."""
+        return self.knows(grad) and _version_of(grad) == self.grads[id(grad)][1]
+
+
 class Clip:
     """What one optimizer knows about clipping. Apart from the optimizer, so that wrappers that copy its attributes share it."""
 
     def __init__(self, max_grad_norm: float | None, nonfinite: str):
         self.max_grad_norm = check_max_norm("max_grad_norm", max_grad_norm)
-        if nonfinite not in NONFINITE:
-            raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, got {nonfinite!r}")
-        self.nonfinite = nonfinite
+        self.nonfinite = check_nonfinite(nonfinite)
         self.grad_norm: torch.Tensor | None = None
         self.skipped_steps = 0
-        self.forget()
+        self._pending: Pending | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pending": None}  # a copy has other gradients
 
     def forget(self) -> None:
         """Drops what `defer` left for the next step."""
-        self._pending_coef = 1.0
-        self._pending_is_finite: bool | None = None  # None: nothing is pending
+        self._pending = None
 
-    def defer(self, norm: float, max_norm: float) -> None:
+    def pending_coef(self, plan: Plan, *, is_replaceable: bool = False) -> float:
+        """The coefficient that waits for the next step; 1 if none does.
+
+        Args:
+            plan: holds the gradients of now.
+            is_replaceable: drop it if every gradient is another tensor than those it is for.
+
+        Raises:
+            RuntimeError: a gradient is new or was written to since, so that clipping it would be wrong.
+        """
+        if self._pending is None:
+            return 1.0
+        active = plan.active()
+        if is_replaceable and not any(self._pending.knows(entry.param.grad) for entry in active):
+            self.forget()
+            return 1.0
+        changed = [entry for entry in active if not self._pending.is_for(entry.param.grad)]
+        if changed:
+            raise RuntimeError(
+                f"{plan.owner}: {changed[0]}: its gradient is new or was changed since clip_grad_norm_; call step() before "
+                f"changing gradients, or this optimizer's zero_grad() to drop the clip; {UNCHANGED}"
+            )
+        return self._pending.coef
+
+    def defer(self, plan: Plan, norm: float, max_norm: float) -> None:
         """Leaves it to the next step to clip to ``max_norm`` a gradient whose norm, clipped so far, is ``norm``."""
-        self._pending_coef *= coefficient(norm, max_norm)
-        self._pending_is_finite = math.isfinite(norm)
-
-    @property
-    def pending_coef(self) -> float:
-        return self._pending_coef
+        coef = self.pending_coef(plan) * coefficient(norm, max_norm)
+        grads = [entry.param.grad for entry in plan.active()]
+        seen = {id(grad): (TensorWeakRef(grad), _version_of(grad)) for grad in grads}
+        self._pending = Pending(coef, math.isfinite(norm), seen)
 
     def take(self, plan: Plan, grad_scale: float, found_inf: bool) -> float | None:
         """What this step multiplies gradients with; None if it is to be skipped.
@@ -80,17 +138,17 @@ class Clip:
             found_inf: whether the caller has already seen a gradient that is not finite.
 
         Raises:
-            RuntimeError: ``nonfinite="error"`` and the norm is NaN or infinite.
+            RuntimeError: ``nonfinite="error"`` and the norm is NaN or infinite; or gradients changed after a deferred clip.
         """
         if found_inf:
             self._skip()
             return None
-        coef = self._pending_coef / grad_scale
-        is_finite = self._pending_is_finite
-        if self.max_grad_norm is not None or (self.nonfinite != "propagate" and is_finite is None):
+        coef = self.pending_coef(plan) / grad_scale
+        is_finite = self._pending.is_finite if self._pending else None
+        if self.max_grad_norm is not None or (self.nonfinite != "propagate" and self._pending is None):
             norm = plan.grad_norm() * abs(coef)
             is_finite = math.isfinite(norm)
-            if is_finite or self.nonfinite != "error":
+            if self._pending is None and (is_finite or self.nonfinite != "error"):
                 self.record(norm, plan)
             if self.max_grad_norm is not None:
                 coef *= coefficient(norm, self.max_grad_norm)
@@ -105,6 +163,7 @@ class Clip:
         return coef
 
     def record(self, norm: float, plan: Plan) -> None:
+        """Keeps the norm for the user, as a tensor."""
         self.grad_norm = torch.tensor(norm, dtype=plan.norm_dtype, device=plan.norm_device)
 
     def _skip(self) -> None:
@@ -117,18 +176,23 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """Clips the gradients of several optimizers by their common norm, at the next ``step`` of each.
 
+    Between this and that step gradients may be removed, not changed: the step raises if one is new or was written to. To
+    go on without a step, call the optimizer's ``zero_grad()``, which drops the clip.
+
     Args:
         optimizers: one fusedopt optimizer, or several without a parameter in common.
         max_norm: largest norm; ``inf`` only computes it.
         error_if_nonfinite: raise instead of going on if the norm is NaN or infinite.
 
     Returns:
-        The 2-norm over all gradients before clipping, 0-d.
+        The 2-norm over all gradients before clipping, 0-d; float64 if one of the parameters is, else float32, on the
+        first parameter's device.
 
     Raises:
         TypeError: not a fusedopt optimizer.
         ValueError: ``max_norm`` negative or NaN; no optimizer; a parameter in two of them.
-        RuntimeError: the norm is not finite and ``error_if_nonfinite``. Then nothing is clipped.
+        RuntimeError: the norm is not finite and ``error_if_nonfinite``; or gradients were changed since an earlier clip
+            that no step has used. Then nothing is clipped.
     """
     from fusedopt.optimizer import FusedOptimizer
 
@@ -150,16 +214,17 @@ def clip_grad_norm_(
                         f"a parameter of shape {tuple(param.shape)} is in optimizers {owner_of[id(param)]} and {i}"
                     )
 
-    norms = []
-    for optimizer in optimizers:
-        with optimizer._planned("clip_grad_norm_") as plan:
-            norms.append(plan.grad_norm() * optimizer._clip.pending_coef)
-            dtype, device = plan.norm_dtype, plan.norm_device
-    norm = combine_norms(norms)
-    if error_if_nonfinite and not math.isfinite(norm):
-        raise RuntimeError(f"the gradient norm is {norm}, so gradients cannot be clipped; {UNCHANGED}")
-    result = torch.tensor(norm, dtype=dtype, device=device)
-    for optimizer in optimizers:
-        optimizer._clip.defer(norm, limit)
-        optimizer._clip.grad_norm = result
+    with contextlib.ExitStack() as stack:
+        plans = [stack.enter_context(optimizer._planned("clip_grad_norm_")) for optimizer in optimizers]
+        clips = [optimizer._clip for optimizer in optimizers]
+        coefs = [clip.pending_coef(plan, is_replaceable=True) for clip, plan in zip(clips, plans, strict=True)]
+        norm = combine_norms([plan.grad_norm() * coef for plan, coef in zip(plans, coefs, strict=True)])
+        if error_if_nonfinite and not math.isfinite(norm):
+            raise RuntimeError(f"the gradient norm is {norm}, so gradients cannot be clipped; {UNCHANGED}")
+        dtype = torch.float64 if any(plan.norm_dtype == torch.float64 for plan in plans) else torch.float32
+        device = next((plan.norm_device for plan in plans if plan.active()), torch.device("cpu"))
+        result = torch.tensor(norm, dtype=dtype, device=device)
+        for clip, plan in zip(clips, plans, strict=True):
+            clip.defer(plan, norm, limit)
+            clip.grad_norm = result
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from fusedopt import backends, clip
-from fusedopt.errors import name_param
+from fusedopt.errors import UNCHANGED, name_param
 from fusedopt.plan import PARAM_DTYPES, Plan, state_dtype
 from fusedopt.rules import Rule, check_options
 
@@ -49,13 +50,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._backend = backend
         backends.resolve(backend)
         self._plan: Plan | None = None
+        self._in_step: dict[int, object] = {}  # process -> whose step it is
         changed = {name: value for name, value in own_options.items() if value != self.rule.own_options[name]}
         super().__init__(params, {**defaults, **changed})
 
     # ---- groups ------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as torch does; raises ValueError or TypeError, adding nothing, if its options are out of range."""
+        """Adds a group as torch does.
+
+        Raises:
+            ValueError, TypeError: its options are out of range, or a parameter's dtype is not supported. Nothing is added.
+        """
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         group = self.param_groups[index]
@@ -97,13 +103,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._current_plan("step")
-        try:
+        with self._planned("step") as plan:
             coef = self._clip.take(plan, *self._amp())
             if coef is not None:
                 plan.update(coef)
-        finally:
-            self._let_go(plan)
         return loss
 
     def _amp(self) -> tuple[float, bool]:
@@ -111,34 +114,37 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return 1.0 if grad_scale is None else float(grad_scale), found_inf is not None and bool(found_inf)
 
-    def _current_plan(self, caller: str) -> Plan:
-        """The plan for the gradients there are now, validated and holding them; nothing has been changed."""
-        plan, owner = self._plan, f"{type(self).__name__}.{caller}"
-        if plan is not None:
-            plan.owner = owner
-        if plan is None or not plan.refresh(self.param_groups, self.state):
-            self._plan = None
-            plan = Plan(owner, self.rule, self.param_groups, self.state, self._backend)
-            plan.refresh(self.param_groups, self.state)
-            self._plan = plan
-        return plan
-
-    def _let_go(self, plan: Plan) -> None:
-        """Ends the use of a plan; state made for an update that did not happen goes."""
-        plan.release()
-        if plan.discard_fresh_state():
-            self._plan = None
-
     @contextlib.contextmanager
     def _planned(self, caller: str) -> Iterator[Plan]:
-        plan = self._current_plan(caller)
+        """The plan for the gradients there are now, validated and holding them, for one thread at a time.
+
+        State made for an update that then does not happen is gone again.
+        """
+        owner, process, token, plan = f"{type(self).__name__}.{caller}", os.getpid(), object(), None
         try:
+            # One operation, so that no thread can come between; by process, so that a fork during a step leaves the child free.
+            if self._in_step.setdefault(process, token) is not token:
+                raise RuntimeError(f"{owner}: another thread is in a step of the same optimizer; {UNCHANGED}")
+            plan = self._plan
+            if plan is not None:
+                plan.owner = owner
+            if plan is None or not plan.refresh(self.param_groups, self.state):
+                self._plan = None
+                plan = Plan(owner, self.rule, self.param_groups, self.state, self._backend)
+                if not plan.refresh(self.param_groups, self.state):
+                    raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
+                self._plan = plan
             yield plan
         finally:
-            self._let_go(plan)
+            if plan is not None:
+                plan.release()
+                if plan.discard_fresh_state():
+                    self._plan = None
+            if self._in_step.get(process) is token:
+                del self._in_step[process]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch; also forgets a `clip_grad_norm_` that no step has used."""
+        """As torch; also drops a `clip_grad_norm_` that no step has used."""
         super().zero_grad(set_to_none)
         self._clip.forget()
 
@@ -163,9 +169,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._clip.max_grad_norm = clip.check_max_norm("max_grad_norm", value)
 
     @property
+    def nonfinite(self) -> str:
+        """What a NaN or infinite gradient norm does: ``"propagate"``, ``"skip"`` or ``"error"``. May be changed."""
+        return self._clip.nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: str) -> None:
+        self._clip.nonfinite = clip.check_nonfinite(value)
+
+    @property
     def skipped_steps(self) -> int:
         """How many steps changed nothing because a gradient was not finite."""
         return self._clip.skipped_steps
+
+    @property
+    def backend(self) -> str | None:
+        """What was asked for at construction; None: the environment's FUSEDOPT_BACKEND, else ``"auto"``."""
+        return self._backend
 
     # ---- copies and checkpoints --------------------------------------------------------------------------------
 
@@ -175,6 +195,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self.__dict__.setdefault("_in_step", {})
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -199,7 +220,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not differences:
             pairs = zip(self.param_groups, param_groups, strict=True)
             ids = [
-                (saved_id, param, f"param_groups[{g}]['params'][{i}]", saved)
+                (saved_id, param, f"param_groups[{g}]['params'][{i}]")
                 for g, (group, saved) in enumerate(pairs)
                 for i, (saved_id, param) in enumerate(zip(saved["params"], group["params"], strict=True))
             ]
@@ -214,7 +235,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         state = defaultdict(dict)
         known = {saved_id for saved_id, *_ in ids}
-        for saved_id, param, _, _ in ids:
+        for saved_id, param, _ in ids:
             if saved_id in state_dict["state"]:
                 saved = state_dict["state"][saved_id]
                 state[param] = {
@@ -243,36 +264,38 @@ class FusedOptimizer(torch.optim.Optimizer):
                 yield f"param_groups[{g}]: {error}"
 
     def _state_differences(self, ids: list[tuple], saved_state: dict[Any, dict[str, Any]]) -> Iterator[str]:
-        for saved_id, param, where, saved_group in ids:
+        for saved_id, param, where in ids:
             saved = saved_state.get(saved_id)
             if not saved or all(value is None for value in saved.values()):
                 continue
-            own = {"step", self.rule.extra, *(slot.name for slot in self.rule.states)}
+            own = {"step", self.rule.extra, *(state.name for state in self.rule.states)}
             for name in saved:
                 if name not in own:
                     yield f"{where}: {type(self).__name__} has no state {name!r}"
-            if self.rule.extra and saved.get(self.rule.extra) is None:
-                yield f"{where}: state {self.rule.extra!r} is missing (it has {', '.join(map(str, saved))})"
-            for slot in self.rule.stored({**self.defaults, **saved_group}):
-                if slot is None:
-                    continue
-                value = saved.get(slot.name)
+            scalars = ["step"] * self.rule.keeps_step + [self.rule.extra] * bool(self.rule.extra)
+            for name in [*scalars, *(state.name for state in self.rule.states if state.option is None)]:
+                if saved.get(name) is None:
+                    yield f"{where}: state {name!r} is missing (it has {', '.join(map(str, saved))})"
+            for name in ("step", self.rule.extra):
+                value = saved.get(name)
                 if value is None:
-                    if slot.option is None:
-                        yield f"{where}: state {slot.name!r} is missing (it has {', '.join(map(str, saved))})"
-                elif not isinstance(value, torch.Tensor) or value.shape != param.shape:
+                    continue
+                if isinstance(value, torch.Tensor) and value.numel() != 1:
+                    yield f"{where}: {name} has shape {tuple(value.shape)}, not one value"
+                elif not float(value) >= 0:
+                    yield f"{where}: {name} is {float(value)}"
+            for state in self.rule.states:
+                value = saved.get(state.name)
+                if value is not None and (not isinstance(value, torch.Tensor) or value.shape != param.shape):
                     shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-                    yield f"{where}: state {slot.name!r} has shape {shape}, the parameter {tuple(param.shape)}"
-            step = saved.get("step")
-            if step is not None and not float(step) >= 0:
-                yield f"{where}: step is {float(step)}"
+                    yield f"{where}: state {state.name!r} has shape {shape}, the parameter {tuple(param.shape)}"
 
     def _loaded(self, param: torch.Tensor, name: str, value: Any) -> Any:
         """A copy of one saved value in the form that steps keep it in."""
-        if name in {slot.name for slot in self.rule.states}:
+        if name in {state.name for state in self.rule.states}:
             own = torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)
             return own.copy_(value)
         if name == "step" or name == self.rule.extra:
             dtype = torch.float32 if name == "step" else state_dtype(param)
-            return torch.tensor(float(value), dtype=dtype)
+            return torch.tensor(float(value), dtype=dtype, device="cpu")
         return value.detach().clone() if isinstance(value, torch.Tensor) else deepcopy(value)

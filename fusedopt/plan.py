@@ -21,7 +21,7 @@ PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def state_dtype(param: torch.Tensor) -> torch.dtype:
-    """What a parameter's states are kept in: float64 for float64, float32 for everything narrower."""
+    """What a parameter is computed and its states are kept in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
@@ -39,7 +39,7 @@ class Entry:
     index: int
     name: str | None
     variant: str  # the kernel
-    states: list[torch.Tensor | None]  # one per slot of the rule, None where not stored
+    states: list[torch.Tensor | None]  # one per state of the rule, None where not stored
     step: torch.Tensor | None  # 0-d float32
     extra: torch.Tensor | None  # 0-d
     is_strided: bool = False  # param, grad and states do not share one dense layout
@@ -48,6 +48,15 @@ class Entry:
     def is_idle(self) -> bool:
         """Whether it has neither a gradient nor state yet, and takes no part until it gets one."""
         return self.step is None
+
+    @property
+    def written(self) -> list[torch.Tensor | None]:
+        """What an update writes beside the parameter."""
+        return [*self.states, self.step, self.extra]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return state_dtype(self.param)
 
     def __str__(self) -> str:
         return name_param(self.group, self.index, self.name, self.param)
@@ -73,30 +82,31 @@ class Plan:
         self._state = state
         self._options = [None] * len(param_groups)
         self._read_options(param_groups)
-        self._fresh: list[tuple[torch.Tensor, list[str]]] = []
+        self._fresh: list[tuple[Entry, float, list[str]]] = []  # its step count then, names of the states made
 
         entries = self._collect(param_groups)
         chosen = {device: backends.choose(device, backend) for device in {entry.param.device for entry in entries}}
         try:
             for entry in entries:
                 self._attach_state(entry, param_groups[entry.group], state)
-            self._check_overlap([entry for entry in entries if not entry.is_idle])
+            planned = [entry for entry in entries if not entry.is_idle]
+            self._check_overlap(planned)
+            is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
+            self.norm_dtype = torch.float64 if is_double else torch.float32
+            self.norm_device = planned[0].param.device if planned else torch.device("cpu")
+            self.buckets = []
+            for device, module in chosen.items():
+                self.buckets.append(module.Bucket(rule, [entry for entry in entries if entry.param.device == device]))
+            self._watch = _C.Watch(param_groups, state)
+            # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
+            self._pinned = (
+                [[group["params"], *group["params"]] for group in param_groups],
+                [[values, *(values.values() if isinstance(values, dict) else ())] for values in state.values()],
+                [tensor.untyped_storage() for entry in planned for tensor in entry.written if tensor is not None],
+            )
         except BaseException:
             self.discard_fresh_state()
             raise
-        is_double = any(entry.param.dtype == torch.float64 for entry in entries)
-        self.norm_dtype = torch.float64 if is_double else torch.float32
-        self.norm_device = entries[0].param.device if entries else torch.device("cpu")
-        self.buckets = []
-        for device, module in chosen.items():
-            self.buckets.append(module.Bucket(rule, [entry for entry in entries if entry.param.device == device]))
-        self._watch = _C.Watch(param_groups, state)
-        # The watch and the buckets compare addresses: as long as they live, nothing else may come to live at one of them.
-        self._pinned = (
-            [[group["params"], *group["params"]] for group in param_groups],
-            [[values, *values.values()] for values in state.values()],
-            [tensor.untyped_storage() for entry in entries for tensor in entry.states if tensor is not None],
-        )
 
     # ---- is the plan still right? ------------------------------------------------------------------------------
 
@@ -116,7 +126,7 @@ class Plan:
         for index, group in enumerate(param_groups):
             try:
                 options = (self.rule.scalars(group), bool(group["maximize"]), self.rule.variant(group))
-                if options == known[index]:
+                if options == known[index] and not group.get("differentiable"):
                     continue
                 check_options(self.rule, group)
             except (ValueError, TypeError, KeyError) as error:
@@ -131,6 +141,10 @@ class Plan:
         return is_same_kernel
 
     # ---- what a step does --------------------------------------------------------------------------------------
+
+    def active(self) -> list[Entry]:
+        """The parameters that have a gradient, in bucket order."""
+        return [entry for bucket in self.buckets for entry in bucket.entries if entry.param.grad is not None]
 
     def grad_norm(self) -> float:
         """2-norm of all gradients, as they are stored."""
@@ -150,7 +164,6 @@ class Plan:
         grad_coefs = [sign * coef for sign in self.signs]
         for bucket in self.buckets:
             bucket.update(self.scalars, grad_coefs)
-        self._fresh = []
 
     def release(self) -> None:
         """Lets go of the gradients that `refresh` held."""
@@ -159,18 +172,15 @@ class Plan:
 
     def discard_fresh_state(self) -> bool:
         """Removes the state that this plan made and no update has used. True if there was any: the plan is then void."""
-        for param, names in self._fresh:
+        unused = [(entry.param, names) for entry, step, names in self._fresh if float(entry.step) == step]
+        for param, names in unused:
+            known = self._state.get(param, {})
             for name in names:
-                self._state[param].pop(name, None)
-            if not self._state[param]:
-                del self._state[param]
-        had_any = bool(self._fresh)
+                known.pop(name, None)
+            if not known:
+                self._state.pop(param, None)
         self._fresh = []
-        return had_any
-
-    @property
-    def has_fresh_state(self) -> bool:
-        return bool(self._fresh)
+        return bool(unused)
 
     # ---- making it ---------------------------------------------------------------------------------------------
 
@@ -227,33 +237,43 @@ class Plan:
             self._fail(TypeError, entry, f"{what} is a {type(tensor).__name__}; this tensor subclass is not supported")
         if tensor.is_neg():
             self._fail(RuntimeError, entry, f"{what} is a lazy negative view; call resolve_neg() on it")
+        if tensor.dim() > _C.max_dims:
+            self._fail(
+                RuntimeError, entry, f"{what} has {tensor.dim()} dimensions; at most {_C.max_dims} are supported"
+            )
+        try:
+            held = tensor.untyped_storage().nbytes()
+        except (RuntimeError, NotImplementedError):
+            self._fail(RuntimeError, entry, f"{what} has no memory of its own (is it of torch.func or a fake tensor?)")
+        if tensor.numel() > 0 and held < (tensor.storage_offset() + _extent(tensor)) * tensor.element_size():
+            self._fail(RuntimeError, entry, f"{what} has lost its memory: {held} bytes are left of its storage")
 
     def _check_overlap(self, entries: list[Entry]) -> None:
-        """Two dense parameters over the same memory would race."""
-        spans = []
-        for entry in entries:
+        """Two parameters over the same memory would race."""
+        open_entries: list[Entry] = []  # that reach beyond where the present one begins
+        for entry in sorted(entries, key=lambda entry: (str(entry.param.device), entry.param.data_ptr())):
             param = entry.param
-            if param.numel() > 0 and _is_dense(param):
-                begin = param.data_ptr()
-                spans.append((str(param.device), begin, begin + param.numel() * param.element_size(), entry))
-        spans.sort(key=lambda span: span[:2])
-        for (device, _, end, entry), (next_device, begin, _, other) in itertools.pairwise(spans):
-            if device == next_device and begin < end:
-                self._fail(ValueError, other, f"shares memory with {entry}; give the optimizer one of them")
+            if param.numel() == 0:
+                continue
+            open_entries = [other for other in open_entries if _reaches_into(other.param, param)]
+            for other in open_entries:
+                if _share_memory(other.param, param):
+                    self._fail(ValueError, entry, f"shares memory with {other}; give the optimizer one of them")
+            open_entries.append(entry)
 
     def _attach_state(self, entry: Entry, group: Mapping[str, Any], state: dict[torch.Tensor, dict[str, Any]]) -> None:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
         param, rule = entry.param, self.rule
         known = state.get(param, {})
-        slots = rule.stored(group)
+        stored = rule.stored(group)
         if param.grad is None:
-            # Idle until its first gradient, unless there is nothing left to be made for it.
-            is_complete = all(known.get(slot.name) is not None for slot in slots if slot)
+            # Idle until its first gradient, unless it has all its states already.
+            is_complete = any(stored) and all(known.get(kept.name) is not None for kept in stored if kept)
             if not is_complete or param.dtype not in PARAM_DTYPES or (rule.keeps_step and "step" not in known):
                 return
             self._check_param(entry)
 
-        is_new = not any(slot and known.get(slot.name) is not None for slot in slots)
+        is_new = not any(kept and known.get(kept.name) is not None for kept in stored)
         made: dict[str, torch.Tensor] = {}
         scalars = {"step": 0.0} if rule.keeps_step else {}
         if rule.extra:
@@ -262,25 +282,28 @@ class Plan:
             # As torch: a plain 0-d float32 on the host; what multiplies up over the run, in the states' dtype.
             dtype = torch.float32 if name == "step" else state_dtype(param)
             value = known.get(name)
+            if isinstance(value, torch.Tensor):
+                self._check_plain(entry, value, f"state {name!r}")
             if not _is_scalar_of(value, dtype):
-                made[name] = torch.tensor(initial if value is None else float(value), dtype=dtype)
-        for i, slot in enumerate(slots):
-            if slot is None:
+                made[name] = torch.tensor(initial if value is None else float(value), dtype=dtype, device="cpu")
+        for i, kept in enumerate(stored):
+            if kept is None:
                 continue
-            value = known.get(slot.name)
+            value = known.get(kept.name)
             if value is None:
                 value = torch.zeros_like(param, dtype=state_dtype(param), requires_grad=False)
-                if slot.initial is not None:
-                    value.fill_(float(group[slot.initial]))
-                made[slot.name] = value
-            self._check_state(entry, slot.name, value)
+                if kept.initial is not None:
+                    value.fill_(float(group[kept.initial]))
+                made[kept.name] = value
+            self._check_state(entry, kept.name, value)
             entry.states[i] = value
-        if made:
-            self._fresh.append((param, [name for name in made if known.get(name) is None]))
-            state[param].update(made)
-            known = state[param]
         # A rule without a step of its own still has to know its first one.
-        entry.step = known["step"] if rule.keeps_step else torch.tensor(0.0 if is_new else 1.0)
+        own_step = torch.tensor(0.0 if is_new else 1.0, dtype=torch.float32, device="cpu")
+        entry.step = {**known, **made}["step"] if rule.keeps_step else own_step
+        if made:
+            self._fresh.append((entry, float(entry.step), [name for name in made if known.get(name) is None]))
+            known = state.setdefault(param, {})
+            known.update(made)
         entry.extra = known[rule.extra] if rule.extra else None
         tensors = [
             param,
@@ -315,8 +338,8 @@ def combine_norms(norms: list[float]) -> float:
 
 
 def _is_scalar_of(value: Any, dtype: torch.dtype) -> bool:
-    """Whether a value is what the engines count in: a 0-d tensor of that dtype in host memory."""
-    return isinstance(value, torch.Tensor) and value.dtype == dtype and value.dim() == 0 and value.device.type == "cpu"
+    """Whether a value is what the engines count in: a plain 0-d tensor of that dtype in host memory."""
+    return type(value) is torch.Tensor and value.dtype == dtype and value.dim() == 0 and value.device.type == "cpu"
 
 
 def _dims(tensor: torch.Tensor) -> list[tuple[int, int]]:
@@ -334,14 +357,43 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def _extent(tensor: torch.Tensor) -> int:
+    """How many elements of memory lie between its first element and its last, both included; 1 or more."""
+    return 1 + sum(stride * (size - 1) for stride, size in _dims(tensor))
+
+
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements may share an address: a dimension steps no further than the ones inside it reach."""
+    """Whether two elements share an address."""
     reach = 0
     for stride, size in _dims(tensor):
-        if stride <= reach:
-            return True
+        if stride <= reach:  # no further than the dimensions inside it reach: perhaps, so count the addresses
+            if stride == 0:
+                return True
+            addresses = torch.arange(_extent(tensor), device="cpu").as_strided(tensor.shape, tensor.stride())
+            return addresses.unique().numel() < tensor.numel()
         reach += stride * (size - 1)
     return False
+
+
+def _reaches_into(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the stretch of memory that ``a`` lies in goes beyond the first element of ``b``, which lies behind a's."""
+    return a.device == b.device and a.data_ptr() + _extent(a) * a.element_size() > b.data_ptr()
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether any byte belongs to both, of two tensors whose stretches of memory overlap; ``a`` begins first."""
+    if _is_dense(a) and _is_dense(b):
+        return True
+    distance = b.data_ptr() - a.data_ptr()
+    length = max(_extent(a) * a.element_size(), distance + _extent(b) * b.element_size())
+    is_taken = torch.zeros(length, dtype=torch.bool, device="cpu")
+
+    def its_bytes(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+        size = tensor.element_size()
+        return is_taken.as_strided((*tensor.shape, size), (*(s * size for s in tensor.stride()), 1), offset)
+
+    its_bytes(a, 0).fill_(True)
+    return bool(its_bytes(b, distance).any())
 
 
 def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:

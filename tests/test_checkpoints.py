@@ -432,7 +432,27 @@ def bad_step(checkpoint):
         state["step"] = torch.tensor(-3.0)
 
 
+def missing_step(checkpoint):
+    for state in checkpoint["state"].values():
+        del state["step"]
+
+
+def step_per_element(checkpoint):
+    for state in checkpoint["state"].values():
+        state["step"] = torch.ones(3)
+
+
+def optional_state_of_another_shape(checkpoint):
+    for state in checkpoint["state"].values():
+        state[
+            {"square_avg": "grad_avg", "exp_avg": "max_exp_avg_sq"}[next(name for name in state if name != "step")]
+        ] = torch.ones(2, 3)
+
+
 WRONG = {
+    missing_step: r"param_groups\[0\]\['params'\]\[0\]: state 'step' is missing",
+    step_per_element: r"param_groups\[0\]\['params'\]\[0\]: step has shape \(3,\), not one value",
+    optional_state_of_another_shape: r"state '\w+' has shape \(2, 3\), the parameter \(13, 7\)",
     other_group_count: r"it has 3 parameter groups, the optimizer 2",
     other_size: r"param_groups\[1\] has 3 parameters, the optimizer's 2",
     other_shape: r"param_groups\[0\]\['params'\]\[1\]: state '\w+' has shape \(1020,\), the parameter \(1021,\)",
@@ -446,7 +466,13 @@ WRONG = {
 
 def applies(spec, change):
     """Momentum may be absent, for its first step; some rules keep no step count."""
-    return {missing_state: not spec.rule.states[0].option, bad_step: spec.rule.keeps_step}.get(change, True)
+    return {
+        missing_state: not spec.rule.states[0].option,
+        bad_step: spec.rule.keeps_step,
+        missing_step: spec.rule.keeps_step,
+        step_per_element: spec.rule.keeps_step,
+        optional_state_of_another_shape: spec.rule.name in ("adam", "rmsprop"),
+    }.get(change, True)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Clipping by global norm: the three ways, what they leave alone, huge and tiny and non-finite norms."""
 
+import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -306,12 +308,12 @@ def test_clip_by_call_composes_with_clip_in_the_step(spec):
     for seed in range(2):
         set_grads(params, seed)
         set_grads(twin_params, seed)
-        optimizer.clip_grad_norm_(5.0)
+        norm = optimizer.clip_grad_norm_(5.0)
         optimizer.step()
         torch.nn.utils.clip_grad_norm_(twin_params, 5.0)
         torch.nn.utils.clip_grad_norm_(twin_params, 2.0)
         twin.step()
-        assert float(optimizer.grad_norm) == pytest.approx(5.0, rel=1e-6)
+        assert float(optimizer.grad_norm) == float(norm) > 10  # before any clipping
     assert_close(params, twin_params, spec.tolerance)
 
 
@@ -353,6 +355,7 @@ def test_clip_alone_changes_nothing(spec):
     with nothing_changes(optimizer):
         optimizer.clip_grad_norm_(0.1)
     assert not optimizer.state
+    optimizer.zero_grad()
     train(optimizer, params, 2)
     with nothing_changes(optimizer):
         optimizer.clip_grad_norm_(0.1)
@@ -667,3 +670,146 @@ def test_reference_norm_neither_overflows_nor_vanishes():
         grads = [torch.tensor([3.0, 0.0]).double() * magnitude, torch.tensor([[4.0]]).double() * magnitude]
         assert float(reference.total_norm(grads)) == pytest.approx(5 * magnitude, rel=1e-14)
     assert float(reference.total_norm([torch.zeros(0), torch.zeros(3)])) == 0
+
+
+# ---- a deferred clip is for the gradients it has seen ------------------------------------------------------------
+
+
+def one_new(params):
+    params[1].grad = params[1].grad.clone()
+
+
+def one_more(params):
+    params[-1].grad = randn(params[-1].shape)
+
+
+def all_new(params):
+    set_grads(params, 9)
+
+
+def noise(params):
+    params[1].grad.add_(1.0)
+
+
+def zeroed_in_place(params):
+    for param in params:
+        if param.grad is not None:
+            param.grad.zero_()
+
+
+@pytest.mark.parametrize("change", [one_new, one_more, all_new, noise, zeroed_in_place], ids=lambda f: f.__name__)
+@every_class
+def test_step_refuses_a_deferred_clip_for_other_gradients(spec, change):
+    """In torch new gradients are not clipped and added noise is not scaled; both would be here."""
+    params = make_params(SHAPES)
+    optimizer = spec.make(params)
+    train(optimizer, params, 1)
+    set_grads(params, 1)
+    params[-1].grad = None
+    optimizer.clip_grad_norm_(0.1)
+    change(params)
+    with (
+        nothing_changes(optimizer),
+        pytest.raises(RuntimeError, match=r"\['params'\]\[\d\].*: its gradient is new or was"),
+    ):
+        optimizer.step()
+    optimizer.zero_grad()
+    plain_params = make_params(SHAPES)
+    plain = spec.make(plain_params)
+    train(plain, plain_params, 1)
+    for at, opt in ((params, optimizer), (plain_params, plain)):
+        train(opt, at, 1, 2)
+    assert_same_bits(params, plain_params)
+
+
+@every_class
+def test_deferred_clip_holds_when_gradients_are_removed(spec):
+    params, twin_params = make_params(SHAPES, torch.float64), make_params(SHAPES, torch.float64)
+    optimizer, twin = spec.make(params), spec.peer(twin_params)
+    set_grads(params, 0)
+    set_grads(twin_params, 0)
+    optimizer.clip_grad_norm_(0.1)
+    torch.nn.utils.clip_grad_norm_(twin_params, 0.1)
+    params[1].grad = twin_params[1].grad = None
+    optimizer.step()
+    twin.step()
+    assert_close(params, twin_params, spec.tolerance)
+
+
+@every_class
+def test_clip_of_new_gradients_replaces_the_one_that_no_step_used(spec):
+    """A loop that skips a step after its clip, and drops gradients through the model."""
+    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer, plain = spec.make(params), spec.make(plain_params)
+    set_grads(params, 0)
+    optimizer.clip_grad_norm_(0.001)
+    for param in params:
+        param.grad = None
+    for at, opt in ((params, optimizer), (plain_params, plain)):
+        set_grads(at, 1)
+        opt.clip_grad_norm_(0.5)
+        opt.step()
+    assert_same_bits(params, plain_params)
+    set_grads(params, 2)
+    optimizer.clip_grad_norm_(0.5)
+    params[1].grad.mul_(2)
+    with pytest.raises(RuntimeError, match=r"clip_grad_norm_: .*was changed since clip_grad_norm_"):
+        optimizer.clip_grad_norm_(0.5)
+
+
+def test_deferred_clip_does_not_keep_gradients_alive():
+    param = torch.nn.Parameter(randn((5,)))
+    optimizer = fusedopt.SGD([param])
+    param.grad = randn((5,), seed=1)
+    gone = weakref.ref(param.grad)
+    optimizer.clip_grad_norm_(0.1)
+    param.grad = None
+    assert gone() is None
+
+
+def test_copy_of_an_optimizer_has_no_deferred_clip():
+    params = make_params(SHAPES)
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    set_grads(params, 0)
+    optimizer.clip_grad_norm_(0.001)
+    twin_params, twin = copy.deepcopy((params, optimizer))
+    start = clone_params(twin_params)
+    set_grads(twin_params, 0)
+    twin.step()
+    for param, before in zip(twin_params, start, strict=True):
+        assert_close([param], [before - 0.1 * param.grad], 1e-6)
+    before = clone_params(params)
+    optimizer.step()  # the original still clips
+    for param, old in zip(params, before, strict=True):
+        assert (param - old).norm() <= 0.001 * 0.1 * 1.01
+
+
+# ---- what the norm is made of ------------------------------------------------------------------------------------
+
+
+def test_norm_tensor_is_of_the_parameters_that_take_part():
+    """Not of the first one listed, nor of the last optimizer."""
+    frozen = torch.nn.Parameter(torch.empty(3, dtype=torch.float64, device="meta"))
+    narrow, wide = torch.nn.Parameter(randn((5,))), torch.nn.Parameter(randn((5,), torch.float64))
+    optimizers = [fusedopt.SGD([wide]), fusedopt.SGD([frozen, narrow]), fusedopt.SGD([torch.nn.Parameter(randn((2,)))])]
+    narrow.grad, wide.grad = randn((5,), seed=1), randn((5,), torch.float64, 2)
+    both = torch.cat([narrow.grad.double(), wide.grad]).norm()
+    for order in (optimizers, optimizers[::-1]):
+        norm = fusedopt.clip_grad_norm_(order, float("inf"))
+        assert (norm.dtype, norm.device.type) == (torch.float64, "cpu")
+        assert float(norm) == pytest.approx(float(both), rel=1e-12)
+    norm = optimizers[1].clip_grad_norm_(1.0)
+    assert (norm.dtype, norm.device.type) == (torch.float32, "cpu")
+
+
+def test_nonfinite_and_backend_can_be_read():
+    params = make_params(SHAPES)
+    optimizer = fusedopt.SGD(params, nonfinite="skip", backend="reference")
+    assert (optimizer.nonfinite, optimizer.backend, fusedopt.SGD(params).backend) == ("skip", "reference", None)
+    optimizer.nonfinite = "error"
+    with pytest.raises(ValueError, match="nonfinite must be one of"):
+        optimizer.nonfinite = "ignore"
+    set_grads(params, 0)
+    params[0].grad[0, 0] = math.nan
+    with pytest.raises(RuntimeError, match="NaN or infinity"):
+        optimizer.step()

@@ -175,42 +175,42 @@ def test_option_removed_later_is_refused_by_the_step(spec, name):
 
 
 @pytest.mark.parametrize(
-    "spec, slot", [(spec, slot) for spec in SPECS for slot in spec.rule.states if slot.option],
+    "spec, kept", [(spec, kept) for spec in SPECS for kept in spec.rule.states if kept.option],
     ids=lambda value: getattr(value, "option", None) or str(value),
 )  # fmt: skip
-def test_option_switched_beside_a_refused_one_still_takes_effect(spec, slot):
+def test_option_switched_beside_a_refused_one_still_takes_effect(spec, kept):
     """The refusal of group 1 must not lose what group 0 was told in the meantime."""
-    on, off = (0.6, 0) if slot.option == "momentum" else (True, False)
+    on, off = (0.6, 0) if kept.option == "momentum" else (True, False)
     results = []
     for refused in (False, True):
         params = make_params(SHAPES)
-        optimizer = spec.make([{"params": params[:1]}, {"params": params[1:]}], **{slot.option: off})
+        optimizer = spec.make([{"params": params[:1]}, {"params": params[1:]}], **{kept.option: off})
         train(optimizer, params, 2)
-        optimizer.param_groups[0][slot.option] = on
+        optimizer.param_groups[0][kept.option] = on
         if refused:
             optimizer.param_groups[1]["lr"] = -1.0
             with nothing_changes(optimizer), pytest.raises(ValueError, match="lr must be"):
                 optimizer.step()
             optimizer.param_groups[1]["lr"] = 0.01
         train(optimizer, params, 2, 2)
-        assert slot.name in optimizer.state[params[0]]
-        assert slot.name not in optimizer.state.get(params[1], {})
+        assert kept.name in optimizer.state[params[0]]
+        assert kept.name not in optimizer.state.get(params[1], {})
         results.append(params)
     assert_same_bits(*results)
 
 
 @pytest.mark.parametrize("nonfinite", ["skip", "error"])
 @pytest.mark.parametrize(
-    "spec, slot", [(spec, slot) for spec in SPECS for slot in spec.rule.states if slot.option],
+    "spec, kept", [(spec, kept) for spec in SPECS for kept in spec.rule.states if kept.option],
     ids=lambda value: getattr(value, "option", None) or str(value),
 )  # fmt: skip
-def test_step_that_does_not_happen_makes_no_optional_state(spec, slot, nonfinite):
+def test_step_that_does_not_happen_makes_no_optional_state(spec, kept, nonfinite):
     """Though an option that needs one has just come on."""
-    on, off = (0.6, 0) if slot.option == "momentum" else (True, False)
+    on, off = (0.6, 0) if kept.option == "momentum" else (True, False)
     params = make_params(SHAPES)
-    optimizer = spec.make(params, nonfinite=nonfinite, **{slot.option: off})
+    optimizer = spec.make(params, nonfinite=nonfinite, **{kept.option: off})
     train(optimizer, params, 2)
-    optimizer.param_groups[0][slot.option] = on
+    optimizer.param_groups[0][kept.option] = on
     set_grads(params, 3)
     params[1].grad[7] = math.nan
     with nothing_changes(optimizer):
@@ -412,6 +412,18 @@ def overlapping_parameters(optimizer, param):
     param.data = buffer[1015:1060].view(5, 3, 3)
 
 
+def interleaved_parameters(optimizer, param):
+    """Neither is dense, and only every third element is shared."""
+    buffer = randn((4000,), seed=1)
+    optimizer.param_groups[0]["params"][1].data = buffer[: 3 * 1021 : 3]
+    param.data = buffer[1:91:2].view(5, 3, 3)
+
+
+def gradient_of_many_dimensions(optimizer, param):
+    param.data = param.data.view(*[1] * 70, 5, 3, 3)
+    param.grad = param.grad.view(*[1] * 70, 5, 3, 3)
+
+
 def state_of_another_shape(optimizer, param):
     replace_state(optimizer, param, lambda value: value[:, :, 1:])
 
@@ -434,10 +446,10 @@ def expanded_state(optimizer, param):
 
 def replace_state(optimizer, param, change):
     rule = optimizer.rule
-    slot = next(slot for slot in rule.stored(optimizer.param_groups[1]) if slot)
-    value = optimizer.state[param].get(slot.name) if param in optimizer.state else None
+    kept = next(state for state in rule.stored(optimizer.param_groups[1]) if state)
+    value = optimizer.state[param].get(kept.name) if param in optimizer.state else None
     value = torch.ones(5, 3, 3) if value is None else value
-    optimizer.state[param] = {**optimizer.state.get(param, {}), slot.name: change(value)}
+    optimizer.state[param] = {**optimizer.state.get(param, {}), kept.name: change(value)}
 
 
 HEAD = r"param_groups\[1\]\['params'\]\[0\] \('head.weight'\), "
@@ -478,6 +490,11 @@ REFUSED = {
         HEAD + r"shape \(5, 3, 3\), float32 on cpu: shares memory with "
         r"param_groups\[0\]\['params'\]\[1\] \('stem.bias'\), shape \(1021,\), float32 on cpu; give the optimizer one",
     ),
+    interleaved_parameters: (
+        ValueError,
+        r"param_groups\[\d\]\['params'\]\[\d\] \('\w+.\w+'\), .* shares memory with param_groups",
+    ),
+    gradient_of_many_dimensions: (RuntimeError, HEAD + r".*parameter has 73 dimensions; at most 64 are supported"),
     state_of_another_shape: (
         ValueError,
         HEAD + r"shape \(5, 3, 3\), float32 on cpu: state '\w+' has shape \(5, 3, 2\)",
@@ -595,3 +612,199 @@ def test_overlap_of_parameters_that_take_turns_is_noticed():
     ):
         optimizer.step()
     assert second not in optimizer.state
+
+
+def lost_gradient(optimizer, param):
+    param.grad.untyped_storage().resize_(0)
+
+
+def lost_parameter(optimizer, param):
+    param.data.untyped_storage().resize_(0)
+
+
+def lost_state(optimizer, param):
+    optimizer.state[param]["exp_avg"].untyped_storage().resize_(0)
+
+
+def lost_step(optimizer, param):
+    optimizer.state[param]["step"].untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("damage, what", [
+    (lost_gradient, "gradient has lost its memory: 0 bytes are left"),
+    (lost_parameter, "parameter has lost its memory"),
+    (lost_state, "state 'exp_avg' has lost its memory"),
+    (lost_step, "state 'step' has lost its memory"),
+])  # fmt: skip
+@pytest.mark.parametrize("warm", [False, True], ids=["first step", "third step"])
+def test_freed_memory_is_refused_not_read(damage, what, warm):
+    """FSDP frees so; the tensor keeps its shape."""
+    params = make_params(SHAPES)
+    optimizer = fusedopt.NAdam(params)
+    if not warm and damage in (lost_state, lost_step):
+        optimizer.load_state_dict(trained_checkpoint(fusedopt.NAdam))
+    train(optimizer, params, 2 * warm)
+    set_grads(params, 5)
+    damage(optimizer, params[1])
+    before = params[0].detach().clone(), params[2].detach().clone()
+    for call in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(RuntimeError, match=rf"\['params'\]\[1\], .*: {what}.*; nothing was updated$"):
+            call()
+    assert_same_bits((params[0], params[2]), before)
+
+
+def trained_checkpoint(cls):
+    params = make_params(SHAPES)
+    optimizer = cls(params)
+    train(optimizer, params, 1)
+    return optimizer.state_dict()
+
+
+def test_gradient_of_torch_func_is_refused():
+    params = make_params(SHAPES)
+    optimizer = fusedopt.SGD(params)
+    set_grads(params, 0)
+
+    def function(grad):
+        params[1].grad = grad
+        optimizer.step()
+        return grad.sum()
+
+    with pytest.raises(RuntimeError, match="gradient has no memory of its own"):
+        torch.func.grad(function)(randn((1021,)))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@every_class
+def test_update_that_fails_leaves_no_trace(spec, backend, monkeypatch):
+    """Whatever goes wrong while an update is computed: memory runs out, say."""
+    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer, plain = (spec.make(at, backend=backend) for at in (params, plain_params))
+    for warm in (False, True):
+        set_grads(params, 5)
+        with monkeypatch.context() as patch:
+            if backend == "reference":
+                function = getattr(fusedopt.reference, spec.rule.name)
+                calls = []
+
+                def fails_at_the_second(*args, function=function, calls=calls, **kwargs):
+                    calls.append(1)
+                    if len(calls) == 2:
+                        raise MemoryError
+                    return function(*args, **kwargs)
+
+                patch.setattr(fusedopt.reference, spec.rule.name, fails_at_the_second)
+            else:
+                patch.setattr(torch, "get_num_threads", raise_memory_error)
+            with nothing_changes(optimizer), pytest.raises(MemoryError):
+                optimizer.step()
+        assert bool(optimizer.state) == (warm and plain.state != {})
+        train(optimizer, params, 1, warm)
+        train(plain, plain_params, 1, warm)
+    assert_same_bits(params, plain_params)
+
+
+def raise_memory_error():
+    raise MemoryError
+
+
+def test_state_that_an_update_has_used_is_kept(monkeypatch):
+    """Though something fails behind it; without its moments the parameters would have moved twice."""
+    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer, plain = fusedopt.AdamW(params), fusedopt.AdamW(plain_params)
+    update = fusedopt.backends.cpu.Bucket.update
+
+    def interrupted(self, *args):
+        update(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fusedopt.backends.cpu.Bucket, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(optimizer, params, 1)
+    train(plain, plain_params, 1)
+    train(optimizer, params, 1, 1)
+    train(plain, plain_params, 1, 1)
+    assert_same_bits(params, plain_params)
+    assert float(optimizer.state[params[0]]["step"]) == 2
+
+
+def test_plan_that_does_not_hold_at_once_is_refused(monkeypatch):
+    """As when another thread takes gradients away while they are read."""
+    params = make_params(SHAPES)
+    optimizer = fusedopt.AdamW(params)
+    set_grads(params, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(fusedopt.backends.cpu.Bucket, "refresh", lambda self: False)
+        with nothing_changes(optimizer), pytest.raises(RuntimeError, match="changed while they were read; nothing was"):
+            optimizer.step()
+    optimizer.step()
+    assert float(optimizer.state[params[0]]["step"]) == 1
+
+
+@every_class
+def test_foreign_entries_of_state_are_left_alone(spec):
+    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer, plain = spec.make(params), spec.make(plain_params)
+    optimizer.state["global"] = 5
+    train(optimizer, params, 2)
+    train(plain, plain_params, 2)
+    assert_same_bits(params, plain_params)
+    assert optimizer.state["global"] == 5
+
+
+@every_class
+def test_state_replaced_by_a_plain_dict_starts_anew(spec):
+    params, fresh_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer = spec.make(params)
+    optimizer.state = {}
+    train(optimizer, params, 2)
+    train(spec.make(fresh_params), fresh_params, 2)
+    assert_same_bits(params, fresh_params)
+
+
+def test_differentiable_set_later_is_refused():
+    params = make_params(SHAPES)
+    optimizer = fusedopt.AdamW(params)
+    train(optimizer, params, 2)
+    optimizer.param_groups[0]["differentiable"] = True
+    with nothing_changes(optimizer), pytest.raises(ValueError, match="differentiable=True is not supported"):
+        optimizer.step()
+
+
+def test_wrong_number_of_hyperparameters_is_refused_by_the_engine():
+    params = make_params(SHAPES)
+    optimizer = fusedopt.NAdam(params)
+    train(optimizer, params, 1)
+    table = optimizer._plan.buckets[0]._table
+    table.refresh()
+    scalars = optimizer._plan.scalars
+    for bad, coefs, kind in ((scalars[0][:-1], [1.0], ValueError), (scalars[0], [], IndexError)):
+        with nothing_changes(optimizer), pytest.raises(kind):
+            table.update([bad], coefs, 1)
+    with nothing_changes(optimizer), pytest.raises(IndexError):
+        table.update([], [1.0], 1)
+    table.release()
+
+
+@every_class
+def test_frozen_parameter_may_be_anything(spec):
+    """As in torch: what never has a gradient is never looked at, wherever it is and whatever it holds."""
+    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    odd = [torch.nn.Parameter(torch.empty(3, device="meta")), torch.nn.Parameter(randn((4, 4)).to_sparse())]
+    optimizer, plain = spec.make([*odd, *params]), spec.make(plain_params)
+    train(optimizer, params, 2)
+    train(plain, plain_params, 2)
+    assert_same_bits(params, plain_params)
+
+
+@every_class
+def test_woven_views_that_share_nothing_are_accepted(spec):
+    """Their stretches of memory overlap, in elements of 4 and of 2 bytes; not one byte belongs to both."""
+    pool = randn((8, 12))
+    halves = pool.view(torch.bfloat16)  # (8, 24)
+    params = [torch.nn.Parameter(view) for view in (pool[:, ::3], pool[:, 1::3], halves[:, 4::6], halves[:, 5::6])]
+    apart = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    for optimizer, at in ((spec.make(params), params), (spec.make(apart), apart)):
+        train(optimizer, at, 2)
+    assert_same_bits(params, apart)

@@ -340,7 +340,7 @@ def options_edited_between_steps(spec, make):
     params = params64()
     optimizer = make(params)
     group = optimizer.param_groups[0]
-    adds_state = {slot.option for slot in spec.rule.states}
+    adds_state = {state.option for state in spec.rule.states}
     edits = [{"lr": 0.02}, {"maximize": True}, {"maximize": False}]
     for name in spec.rule.hyper:
         if name in ("beta1", "beta2"):
@@ -491,31 +491,31 @@ def test_comes_to_the_same_as_torch(spec, name):
     assert_same_run(ours, theirs, spec.tolerance)
 
 
-OPTIONAL_STATES = [(spec, slot) for spec in SPECS for slot in spec.rule.states if slot.option]
+OPTIONAL_STATES = [(spec, kept) for spec in SPECS for kept in spec.rule.states if kept.option]
 
 
-@pytest.mark.parametrize("spec, slot", OPTIONAL_STATES, ids=lambda value: getattr(value, "option", None) or str(value))
-def test_option_that_adds_a_state_may_be_switched_on_and_off(spec, slot):
+@pytest.mark.parametrize("spec, kept", OPTIONAL_STATES, ids=lambda value: getattr(value, "option", None) or str(value))
+def test_option_that_adds_a_state_may_be_switched_on_and_off(spec, kept):
     """The state starts at zero when the option comes on, and stays untouched while it is off again."""
-    on = 0.6 if slot.option == "momentum" else True
-    off = 0 if slot.option == "momentum" else False
+    on = 0.6 if kept.option == "momentum" else True
+    off = 0 if kept.option == "momentum" else False
 
     def run(make):
         params = params64()
-        optimizer = make(params, **{slot.option: off})
+        optimizer = make(params, **{kept.option: off})
         train(optimizer, params, 2)
-        assert all(slot.name not in state for state in optimizer.state.values())
+        assert all(kept.name not in state for state in optimizer.state.values())
         if spec.rule.name != "sgd" and isinstance(optimizer, spec.twin):
             for param in params:  # torch does not make it
-                optimizer.state[param][slot.name] = torch.zeros_like(param)
-        optimizer.param_groups[0][slot.option] = on
+                optimizer.state[param][kept.name] = torch.zeros_like(param)
+        optimizer.param_groups[0][kept.option] = on
         train(optimizer, params, 2, 2)
-        kept = [optimizer.state[param][slot.name].clone() for param in params]
-        assert kept[0].abs().min() > 0
-        optimizer.param_groups[0][slot.option] = off
+        resting = [optimizer.state[param][kept.name].clone() for param in params]
+        assert resting[0].abs().min() > 0
+        optimizer.param_groups[0][kept.option] = off
         train(optimizer, params, 2, 4)
-        assert_same_bits([optimizer.state[param][slot.name] for param in params], kept, "resting state")
-        optimizer.param_groups[0][slot.option] = on
+        assert_same_bits([optimizer.state[param][kept.name] for param in params], resting, "resting state")
+        optimizer.param_groups[0][kept.option] = on
         train(optimizer, params, 1, 6)
         return optimizer
 
@@ -571,6 +571,50 @@ def test_zero_lr_and_zero_gradients_leave_parameters_untouched(spec, dtype):
     optimizer.step()
     assert_same_bits(params, start)
     assert set(optimizer.state) == set(params)
+
+
+def shared(tensor):
+    tensor.share_memory_()
+
+
+def moved(tensor):
+    tensor.data = tensor.data.clone()
+
+
+@pytest.mark.parametrize("move", [shared, moved], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("count", [5, 200], ids=["few", "many"])
+@every_class
+def test_state_whose_memory_moved_is_followed(spec, move, count):
+    """At once, step counts too: the old memory may be gone. 200 parameters of some 5000 elements are all looked at."""
+    shapes = ((5003,), (71, 71), *[(4999,)] * (count - 2))
+    params, plain_params = make_params(shapes), make_params(shapes)
+    optimizer, plain = spec.make(params), spec.make(plain_params)
+    train(optimizer, params, 2)
+    train(plain, plain_params, 2)
+    for param in params:
+        for value in optimizer.state.get(param, {}).values():
+            move(value)
+    train(optimizer, params, 2, 2)
+    train(plain, plain_params, 2, 2)
+    assert_same_bits(params, plain_params)
+    for a, b in zip(params, plain_params, strict=True):
+        assert_same_bits(optimizer.state.get(a, {}).values(), plain.state.get(b, {}).values(), "state")
+
+
+@every_class
+def test_state_whose_memory_moved_is_followed_in_turn_where_tensors_are_tiny(spec):
+    """64 a step: of 150, all by the third step after. The memory they had is kept alive until then."""
+    params = make_params([(7,)] * 150)
+    optimizer = spec.make(params)
+    train(optimizer, params, 2)
+    for param in params:
+        for value in optimizer.state.get(param, {}).values():
+            moved(value)
+    train(optimizer, params, 3, 2)
+    values = [value.clone() for state in optimizer.state.values() for value in state.values()]
+    train(optimizer, params, 1, 5)
+    now = [value for state in optimizer.state.values() for value in state.values()]
+    assert all(not torch.equal(old, new) for old, new in zip(values, now, strict=True))
 
 
 # ---- copies ------------------------------------------------------------------------------------------------------
@@ -659,6 +703,7 @@ LAYOUTS = {
     "every second row": lambda buffer: flat(buffer, (74, 41))[::2],
     "columns with gaps": lambda buffer: flat(buffer, (37, 46))[:, 2:43],
     "transposed with gaps": lambda buffer: flat(buffer, (46, 37))[2:43].t(),
+    "woven": lambda buffer: buffer.as_strided((3, 2), (2, 3)),
     "one column": lambda buffer: flat(buffer, (37, 41))[:, 5],
     "size 1 with any stride": lambda buffer: buffer.as_strided((1, 263, 1), (7, 1, 3), 5),
     "no elements": lambda buffer: flat(buffer, (0, 7), 3),
@@ -1031,7 +1076,7 @@ def test_plan_takes_at_most_a_hundredth_of_the_states():
     optimizer.step()
     bucket = optimizer._plan.buckets[0]
     assert isinstance(bucket, cpu.Bucket)
-    scratch = bucket._plan.scratch_bytes()
+    scratch = bucket._table.scratch_bytes()
     states = sum(value.numel() * 4 for state in optimizer.state.values() for value in state.values())
     assert scratch > 1000
     assert scratch <= 0.01 * states
@@ -1053,6 +1098,45 @@ def test_compiled_model_trains():
     train_step()
     assert bits(params[0]) != before
     assert re.match("AdamW", repr(optimizer))
+
+
+@every_class
+def test_step_inside_a_step_is_refused(spec):
+    """From another thread, while the first one is anywhere between its first look and its last write."""
+    params, plain_params = make_params(), make_params()
+    optimizer, plain = spec.make(params), spec.make(plain_params)
+    for warm in (0, 1):
+        set_grads(params, warm)
+        set_grads(plain_params, warm)
+        with optimizer._planned("step") as plan:
+            for call in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+                with pytest.raises(
+                    RuntimeError, match="another thread is in a step of the same optimizer; nothing was"
+                ):
+                    call()
+            plan.update(1.0)
+        plain.step()
+        assert_same_bits(params, plain_params)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_child_forked_during_a_step_can_step():
+    params = make_params()
+    optimizer = fusedopt.AdamW(params)
+    train(optimizer, params, 1)
+    set_grads(params, 1)
+    with optimizer._planned("step"):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                optimizer.step()
+                status = 0
+            finally:
+                os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_steps_of_one_optimizer_in_two_threads_never_overlap():

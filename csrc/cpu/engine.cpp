@@ -1,11 +1,16 @@
 #include "engine.h"
 
 #include <pthread.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <system_error>
 #include <thread>
 
 #include "kernels.h"
@@ -20,15 +25,25 @@ struct NamedKernels {
   const Kernels* kernels;
 };
 
+#if defined(__x86_64__)
+// The part of x86-64-v3 that not every compiler's __builtin_cpu_supports knows. A virtual machine can hide any of them.
+bool has_f16c_movbe_lzcnt() {
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_F16C) || !(ecx & bit_MOVBE)) return false;
+  return __get_cpuid(0x80000001, &eax, &ebx, &ecx, &edx) && (ecx & bit_LZCNT);
+}
+#endif
+
 std::vector<NamedKernels> find_kernels() {
   std::vector<NamedKernels> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+  const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                      __builtin_cpu_supports("bmi2") && has_f16c_movbe_lzcnt();
+  if (has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.push_back({"x86_64_v4", &kernels_x86_64_v4});
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    found.push_back({"x86_64_v3", &kernels_x86_64_v3});
+  if (has_v3) found.push_back({"x86_64_v3", &kernels_x86_64_v3});
   if (__builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"))
     found.push_back({"x86_64_v2", &kernels_x86_64_v2});
 #else
@@ -72,7 +87,11 @@ void parallel_for(int64_t count, int num_threads, const Body& body) {
     for (int64_t i = next++; i < count; i = next++) body(i);
   };
   std::vector<std::thread> team;
-  for (int i = 1; i < num_threads; ++i) team.emplace_back(work);
+  team.reserve(num_threads);
+  try {
+    for (int i = 1; i < num_threads; ++i) team.emplace_back(work);
+  } catch (const std::system_error&) {  // no more threads to be had: those that there are do it all
+  }
   work();
   for (std::thread& thread : team) thread.join();
 }
@@ -83,7 +102,7 @@ void parallel_for(int64_t count, int num_threads, const Body& body) {
 template <class Bits, bool to_tile>
 void copy_strided(const Operand& operand, const std::vector<int64_t>& shape, int64_t begin, int64_t count, void* tile) {
   const int last = int(shape.size()) - 1;
-  std::vector<int64_t> index(shape.size());
+  int64_t index[max_dims];  // not on the heap: an exception could not leave a thread of the team
   int64_t offset = 0;
   for (int dim = last; dim >= 0; --dim) {
     index[dim] = begin % shape[dim];
@@ -211,25 +230,33 @@ double scaled_norm(Table& table, double scale, int num_threads) {
 
 // ---- scalars ---------------------------------------------------------------------------------------------------
 
-// A rule's functor: the scalars of one step, as plain bytes.
+// A rule's functor: the scalars of one step, as plain bytes; and what the step leaves in `Entry::extra`.
 struct alignas(16) Functor {
   char bytes[128];
+  double extra;
 };
 
 template <class Rule>
-void prepare(const double* hyper, double grad_coef, double step, double& extra, Functor& functor) {
-  static_assert(sizeof(Rule) <= sizeof(Functor));
-  const Rule rule = Rule::prepare(*reinterpret_cast<const typename Rule::Hyper*>(hyper), grad_coef, step, extra);
+void prepare(const double* hyper, double grad_coef, double step, Functor& functor) {
+  static_assert(sizeof(Rule) <= sizeof(Functor::bytes));
+  const Rule rule = Rule::prepare(*reinterpret_cast<const typename Rule::Hyper*>(hyper), grad_coef, step, functor.extra);
   std::memcpy(functor.bytes, &rule, sizeof(Rule));
 }
 
-using Prepare = void (*)(const double*, double, double, double&, Functor&);
+using Prepare = void (*)(const double*, double, double, Functor&);
 
 template <class T>
 constexpr Prepare prepares[num_rules] = {
 #define FO_PREPARE(name, ...) &prepare<__VA_ARGS__>,
     FO_RULES(FO_PREPARE)
 #undef FO_PREPARE
+};
+
+template <class T>
+constexpr size_t hyper_counts[num_rules] = {
+#define FO_HYPER_COUNT(name, ...) sizeof(typename __VA_ARGS__::Hyper) / sizeof(double),
+    FO_RULES(FO_HYPER_COUNT)
+#undef FO_HYPER_COUNT
 };
 
 double read_extra(const Entry& entry) {
@@ -301,23 +328,29 @@ int64_t first_nonfinite(const Table& table) {
 
 void update(Table& table, const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
             int num_threads) {
+  // First all that can fail, then all that writes.
   std::vector<Functor> functors;
   std::vector<uint32_t> functor_of(table.entries.size());
   FunctorKey last{-1, -1, in_float, 0, 0};
-  double new_extra = 0;
+  for (size_t i = 0; i < table.entries.size(); ++i) {
+    const Entry& entry = table.entries[i];
+    if (!entry.is_active) continue;
+    const FunctorKey key{entry.rule, entry.group, compute_of(entry), *entry.step + 1, read_extra(entry)};
+    if (!(key == last)) {
+      if (hyper.at(key.group).size() != hyper_counts<double>[key.rule])
+        throw std::invalid_argument("the number of hyperparameters is not the rule's");
+      const Prepare* prepare = key.compute == in_double ? prepares<double> : prepares<float>;
+      functors.emplace_back().extra = key.extra;
+      prepare[key.rule](hyper[key.group].data(), grad_coef.at(key.group), key.step, functors.back());
+      last = key;
+    }
+    functor_of[i] = uint32_t(functors.size() - 1);
+  }
   for (size_t i = 0; i < table.entries.size(); ++i) {
     const Entry& entry = table.entries[i];
     if (!entry.is_active) continue;
     *entry.step += 1;
-    const FunctorKey key{entry.rule, entry.group, compute_of(entry), *entry.step, read_extra(entry)};
-    if (!(key == last)) {
-      new_extra = key.extra;
-      const Prepare* prepare = key.compute == in_double ? prepares<double> : prepares<float>;
-      prepare[key.rule](hyper[key.group].data(), grad_coef[key.group], key.step, new_extra, functors.emplace_back());
-      last = key;
-    }
-    write_extra(entry, new_extra);
-    functor_of[i] = uint32_t(functors.size() - 1);
+    write_extra(entry, functors[functor_of[i]].extra);
   }
 
   // Backwards, because the norm went forwards: the gradients it read last are still in the cache.

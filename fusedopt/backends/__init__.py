@@ -1,8 +1,9 @@
 """Which backend works on which device, and why. A backend is a module with `unavailable()` and a `Bucket` class.
 
-`Bucket(rule, entries)` takes the entries of one device and offers `entries`, `refresh() -> bool`, `grad_norm() -> float`,
-`first_nonfinite() -> int` (an index into `entries`, or -1), `update(scalars, grad_coefs)` (one of each per group) and
-`release()`. `unavailable()` is None, or the reason why the backend cannot be used on this machine.
+`Bucket(rule, entries)` takes the entries of one device and offers `entries`, `refresh() -> bool` (False: it no longer fits),
+`grad_norm() -> float`, `first_nonfinite() -> int` (an index into `entries`, or -1), `update(scalars, grad_coefs)` (one of each
+per group; it writes only when nothing can fail any more) and `release()`. `unavailable()` is None, or the reason why the
+backend cannot be used on this machine.
 """
 
 from __future__ import annotations

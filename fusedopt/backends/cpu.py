@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 _C.use_torch(torch.Tensor, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 
-if "FUSEDOPT_CPU_ISA" in os.environ and not _C.set_isa(os.environ["FUSEDOPT_CPU_ISA"]):
+_forced_isa = os.environ.get("FUSEDOPT_CPU_ISA")
+if _forced_isa and not _C.set_isa(_forced_isa):
     raise ImportError(
-        f"FUSEDOPT_CPU_ISA={os.environ['FUSEDOPT_CPU_ISA']!r} is not available on this CPU; "
-        f"it has {', '.join(_C.available_isas())}"
+        f"FUSEDOPT_CPU_ISA={_forced_isa!r} is not available on this CPU; it has {', '.join(_C.available_isas())}"
     )
 
 
@@ -29,6 +29,7 @@ def unavailable() -> str | None:
 
 
 def supports(device: torch.device) -> bool:
+    """Whether it takes tensors of that device."""
     return device.type == "cpu"
 
 
@@ -37,12 +38,12 @@ class Bucket:
 
     def __init__(self, rule: Rule, entries: Sequence[Entry]):
         self.entries = list(entries)
-        self._plan = _C.Plan()
+        self._table = _C.Bucket()
         for entry in self.entries:
             if entry.is_idle:
-                self._plan.add_idle(entry.param)
+                self._table.add_idle(entry.param)
                 continue
-            self._plan.add(
+            self._table.add(
                 entry.param,
                 entry.param.grad,
                 entry.states,
@@ -52,24 +53,24 @@ class Bucket:
                 entry.group,
                 entry.is_strided,
             )
-        self._plan.finish()
+        self._table.finish()
         self._params = [entry.param for entry in self.entries]
 
     def refresh(self) -> bool:
-        return self._plan.refresh()
+        return self._table.refresh()
 
     def release(self) -> None:
-        self._plan.release()
+        self._table.release()
 
     def grad_norm(self) -> float:
-        return self._plan.grad_norm(torch.get_num_threads())
+        return self._table.grad_norm(torch.get_num_threads())
 
     def first_nonfinite(self) -> int:
-        return self._plan.first_nonfinite()
+        return self._table.first_nonfinite()
 
     def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
-        self._plan.update(scalars, grad_coefs, torch.get_num_threads())
-        # Autograd must notice that a tensor it saved has changed.
-        is_all = self._plan.all_active()
-        written = self._params if is_all else [self._params[i] for i in self._plan.active()]
+        # Autograd must notice that a tensor it saved has changed. First: nothing may fail once it has.
+        is_all = self._table.all_active()
+        written = self._params if is_all else [self._params[i] for i in self._table.active()]
         torch.autograd.graph.increment_version(written)
+        self._table.update(scalars, grad_coefs, torch.get_num_threads())

@@ -32,4 +32,5 @@ def unavailable() -> str | None:
 
 
 def supports(device: torch.device) -> bool:
+    """Whether it takes tensors of that device."""
     return device.type == "cuda"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ def unavailable() -> str | None:
 
 
 def supports(device: torch.device) -> bool:
+    """Whether it takes tensors of that device: always."""
     return True
 
 
@@ -30,12 +32,13 @@ class Bucket:
         self.entries = list(entries)
         self._rule = rule
         self._update = getattr(reference, rule.name)
+        self._is_used = False
 
     def refresh(self) -> bool:
-        return False  # nothing is kept: every step plans, and validates, anew
+        return not self._is_used  # nothing is watched: good for one step, the next one plans, and validates, anew
 
     def release(self) -> None:
-        pass
+        self._is_used = True
 
     def _active(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.param.grad is not None]
@@ -51,33 +54,33 @@ class Bucket:
 
     @torch.no_grad()
     def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
-        for entry in self._active():
-            param, slots = entry.param, zip(self._rule.states, entry.states, strict=True)
-            tensors = {slot.name: tensor for slot, tensor in slots if tensor is not None}
-            dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-            entry.step += 1
-            state = dict(tensors)
-            if entry.extra is not None:
-                state[self._rule.extra] = float(entry.extra)
-            new_param = self._update(
-                param.to(dtype),
-                grad_coefs[entry.group] * param.grad.to(dtype),
-                state,
-                float(entry.step),
-                **self._keywords(scalars[entry.group], tensors),
-            )
-            param.copy_(new_param)
-            for name, tensor in tensors.items():
-                tensor.copy_(state[name])
-            if entry.extra is not None:
-                entry.extra.fill_(state[self._rule.extra])
+        new_values = [self._computed(entry, scalars[entry.group], grad_coefs[entry.group]) for entry in self._active()]
+        for old, new in itertools.chain.from_iterable(new_values):  # only now: computing can run out of memory
+            old.copy_(new)
+
+    def _computed(
+        self, entry: Entry, scalars: Sequence[float], grad_coef: float
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Every tensor that the update of one parameter writes, with its new value."""
+        param, states = entry.param, zip(self._rule.states, entry.states, strict=True)
+        written = {state.name: tensor for state, tensor in states if tensor is not None}
+        keywords = self._keywords(scalars, written)
+        if entry.extra is not None:
+            written[self._rule.extra] = entry.extra
+        step, dtype = entry.step + 1, entry.compute_dtype
+        new_state = {name: float(tensor) if tensor is entry.extra else tensor for name, tensor in written.items()}
+        grad = grad_coef * param.grad.to(dtype)
+        new_param = self._update(param.to(dtype), grad, new_state, float(step), **keywords)
+        if entry.extra is not None:
+            new_state[self._rule.extra] = torch.tensor(new_state[self._rule.extra], dtype=torch.float64)
+        return [(entry.step, step), (param, new_param), *((written[name], new_state[name]) for name in written)]
 
     def _keywords(self, scalars: Sequence[float], tensors: dict[str, torch.Tensor]) -> dict:
         """The reference function's options: the scalars, and whether each optional state is there."""
         keywords = dict(zip(self._rule.hyper, scalars, strict=True))
         if "beta1" in keywords:
             keywords["betas"] = (keywords.pop("beta1"), keywords.pop("beta2"))
-        for slot in self._rule.states:
-            if slot.option is not None and slot.option not in keywords:
-                keywords[slot.option] = slot.name in tensors
+        for state in self._rule.states:
+            if state.option is not None and state.option not in keywords:
+                keywords[state.option] = state.name in tensors
         return keywords
