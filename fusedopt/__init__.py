@@ -1,6 +1,6 @@
 """fusedopt: the optimizer step of torch.optim, fused over all tensors, with the gradient clip inside.
 
-Two lines change::
+In a training loop::
 
     from fusedopt import AdamW
 
