@@ -247,9 +247,7 @@ class Bucket {
 
   void finish() {
     table_.make_chunks();
-    int64_t numel = 0;
-    for (const Entry& entry : table_.entries) numel += entry.numel;
-    checks_per_step_ = std::min(planned_.size(), std::max<size_t>(min_checks, numel / elements_per_check));
+    checks_per_step_ = std::min(planned_.size(), std::max<size_t>(min_checks, table_.numel() / elements_per_check));
   }
 
   // Reads every parameter's and gradient's address again. False: something is not as planned, make a new plan.

@@ -64,38 +64,52 @@ struct Batch {
 
 struct Table {
   static constexpr int64_t chunk_elements = 1 << 15;
-  // A batch: at least some 30 microseconds of work, at most a stretch that the hardware's prefetching is at home in (small
-  // ones cost 6 % of the norm's bandwidth), and enough of them for many threads to share.
-  static constexpr int64_t min_batch_elements = 1 << 16, max_batch_elements = 1 << 20, batches_wanted = 128;
+  // A batch: at least some 30 microseconds of work, and few enough of them that each is a long stretch, which memory reads
+  // fastest, but enough that a thread which falls behind is helped out.
+  static constexpr int64_t min_batch_elements = 1 << 16, max_batch_elements = 1 << 20, batches_per_thread = 8;
 
   std::vector<Entry> entries;
   std::vector<Chunk> chunks;
   std::vector<Batch> batches;
   std::vector<double> partial_sums;  // one per chunk
 
-  void make_chunks() {
-    chunks.clear();
-    batches.clear();
+  int64_t numel() const {
     int64_t total = 0;
     for (const Entry& entry : entries) total += entry.numel;
-    const int64_t batch_elements = std::clamp(total / batches_wanted, min_batch_elements, max_batch_elements);
-    int64_t in_batch = 0;
+    return total;
+  }
+
+  void make_chunks() {
+    chunks.clear();
     for (size_t i = 0; i < entries.size(); ++i) {
       for (int64_t begin = 0; begin < entries[i].numel; begin += chunk_elements) {
-        const int64_t left = entries[i].numel - begin;
-        const int64_t count = left < chunk_elements ? left : chunk_elements;
-        const int32_t index = int32_t(chunks.size());
-        chunks.push_back({int32_t(i), int32_t(count), begin});
-        if (batches.empty() || in_batch >= batch_elements) {
-          batches.push_back({index, index});
-          in_batch = 0;
-        }
-        batches.back().end = index + 1;
-        in_batch += count;
+        chunks.push_back({int32_t(i), int32_t(std::min(chunk_elements, entries[i].numel - begin)), begin});
       }
     }
     partial_sums.assign(chunks.size(), 0.0);
+    batches_are_for = 0;
   }
+
+  // Cuts the chunks into batches for so many threads; nothing to do if they are cut so already.
+  void make_batches(int num_threads) {
+    if (num_threads == batches_are_for) return;
+    const int64_t wanted = std::max(num_threads, 1) * batches_per_thread;
+    const int64_t batch_elements = std::clamp(numel() / wanted, min_batch_elements, max_batch_elements);
+    batches.clear();
+    int64_t in_batch = batch_elements;
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      if (in_batch >= batch_elements) {
+        batches.push_back({int32_t(i), int32_t(i)});
+        in_batch = 0;
+      }
+      batches.back().end = int32_t(i) + 1;
+      in_batch += chunks[i].count;
+    }
+    batches_are_for = num_threads;
+  }
+
+ private:
+  int batches_are_for = 0;
 };
 
 }  // namespace fusedopt

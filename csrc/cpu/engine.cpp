@@ -1,6 +1,9 @@
 #include "engine.h"
 
 #include <pthread.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -67,32 +70,45 @@ const Kernels& kernels() { return *all_kernels()[chosen_kernels].kernels; }
 std::atomic<bool> is_forked_child{false};
 const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
 
-// Calls body(i) once for each i in [0, count), from up to num_threads threads.
+enum class Order { forwards, backwards };
+
+// Calls body(i) once for each i in [0, count), from up to num_threads threads. Each thread walks a stretch of its own, the
+// same one every time, so that what it left in its caches, or on its memory node, is there for the next call; whoever is
+// done helps the others.
 template <class Body>
-void parallel_for(int64_t count, int num_threads, const Body& body) {
-  if (num_threads > count) num_threads = int(count);
-  if (num_threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) body(i);
-    return;
+void parallel_for(int64_t count, int num_threads, Order order, const Body& body) {
+  num_threads = int(std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(count, 1)));
+  struct alignas(64) Share {
+    int64_t begin, end;
+    std::atomic<int64_t> num_taken{0};
+  };
+  std::vector<Share> shares(num_threads);
+  for (int t = 0; t < num_threads; ++t) {
+    shares[t].begin = count * t / num_threads;
+    shares[t].end = count * (t + 1) / num_threads;
   }
+  const auto work = [&](int thread) {
+    for (int t = 0; t < num_threads; ++t) {
+      Share& share = shares[(thread + t) % num_threads];
+      for (int64_t k = share.num_taken++; k < share.end - share.begin; k = share.num_taken++)
+        body(order == Order::forwards ? share.begin + k : share.end - 1 - k);
+    }
+  };
+  if (num_threads == 1) return work(0);
 #if defined(_OPENMP)
   if (!is_forked_child) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
-    for (int64_t i = 0; i < count; ++i) body(i);
+#pragma omp parallel num_threads(num_threads)
+    work(omp_get_thread_num());
     return;
   }
 #endif
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i = next++; i < count; i = next++) body(i);
-  };
   std::vector<std::thread> team;
   team.reserve(num_threads);
   try {
-    for (int i = 1; i < num_threads; ++i) team.emplace_back(work);
+    for (int t = 1; t < num_threads; ++t) team.emplace_back(work, t);
   } catch (const std::system_error&) {  // no more threads to be had: those that there are do it all
   }
-  work();
+  work(0);
   for (std::thread& thread : team) thread.join();
 }
 
@@ -216,7 +232,8 @@ double sum_of_squares(const Entry& entry, int64_t begin, int64_t count, double s
 }
 
 double scaled_norm(Table& table, double scale, int num_threads) {
-  parallel_for(int64_t(table.batches.size()), num_threads, [&](int64_t i) {
+  table.make_batches(num_threads);
+  parallel_for(int64_t(table.batches.size()), num_threads, Order::forwards, [&](int64_t i) {
     for (int32_t c = table.batches[i].begin; c < table.batches[i].end; ++c) {
       const Chunk& chunk = table.chunks[c];
       const Entry& entry = table.entries[chunk.entry];
@@ -328,7 +345,8 @@ int64_t first_nonfinite(const Table& table) {
 
 void update(Table& table, const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
             int num_threads) {
-  // First all that can fail, then all that writes.
+  // First all that can fail; then tensors, then their step counts.
+  table.make_batches(num_threads);
   std::vector<Functor> functors;
   std::vector<uint32_t> functor_of(table.entries.size());
   FunctorKey last{-1, -1, in_float, 0, 0};
@@ -346,23 +364,22 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
     }
     functor_of[i] = uint32_t(functors.size() - 1);
   }
-  for (size_t i = 0; i < table.entries.size(); ++i) {
-    const Entry& entry = table.entries[i];
-    if (!entry.is_active) continue;
-    *entry.step += 1;
-    write_extra(entry, functors[functor_of[i]].extra);
-  }
 
   // Backwards, because the norm went forwards: the gradients it read last are still in the cache.
-  const int64_t num_batches = int64_t(table.batches.size());
-  parallel_for(num_batches, num_threads, [&](int64_t i) {
-    const Batch& batch = table.batches[num_batches - 1 - i];
+  parallel_for(int64_t(table.batches.size()), num_threads, Order::backwards, [&](int64_t i) {
+    const Batch& batch = table.batches[i];
     for (int32_t c = batch.begin; c < batch.end; ++c) {
       const Chunk& chunk = table.chunks[c];
       const Entry& entry = table.entries[chunk.entry];
       if (entry.is_active) update_chunk(entry, functors[functor_of[chunk.entry]].bytes, chunk.begin, chunk.count);
     }
   });
+  for (size_t i = 0; i < table.entries.size(); ++i) {
+    const Entry& entry = table.entries[i];
+    if (!entry.is_active) continue;
+    *entry.step += 1;
+    write_extra(entry, functors[functor_of[i]].extra);
+  }
 }
 
 }  // namespace fusedopt::cpu
