@@ -13,7 +13,6 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
-#include <system_error>
 #include <thread>
 
 #include "kernels.h"
@@ -72,45 +71,55 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked_child = t
 
 enum class Order { forwards, backwards };
 
-// Calls body(i) once for each i in [0, count), from up to num_threads threads. Each thread walks a stretch of its own, the
-// same one every time, so that what it left in its caches, or on its memory node, is there for the next call; whoever is
-// done helps the others.
-template <class Body>
-void parallel_for(int64_t count, int num_threads, Order order, const Body& body) {
-  num_threads = int(std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(count, 1)));
+// Threads that share out [0, count). Each walks a stretch of its own, the same one every time, so that what it left in its
+// caches, or on its memory node, is there for the next call; whoever is done helps the others. Only making a team can fail.
+class Team {
+ public:
+  Team(int64_t count, int num_threads)
+      : shares_(size_t(std::clamp<int64_t>(num_threads, 1, std::max<int64_t>(count, 1)))) {
+    const int64_t size = int64_t(shares_.size());
+    for (int64_t t = 0; t < size; ++t) {
+      shares_[t].begin = count * t / size;
+      shares_[t].end = count * (t + 1) / size;
+    }
+  }
+
+  // Calls body(i) once for each i.
+  template <class Body>
+  void run(Order order, const Body& body) {
+    const size_t size = shares_.size();
+    const auto work = [&](size_t thread) {
+      for (size_t t = 0; t < size; ++t) {
+        Share& share = shares_[(thread + t) % size];
+        for (int64_t k = share.num_taken++; k < share.end - share.begin; k = share.num_taken++)
+          body(order == Order::forwards ? share.begin + k : share.end - 1 - k);
+      }
+    };
+    if (size == 1) return work(0);
+#if defined(_OPENMP)
+    if (!is_forked_child) {
+#pragma omp parallel num_threads(int(size))
+      work(size_t(omp_get_thread_num()));
+      return;
+    }
+#endif
+    std::vector<std::thread> others;
+    try {
+      others.reserve(size);
+      for (size_t t = 1; t < size; ++t) others.emplace_back(work, t);
+    } catch (const std::exception&) {  // no more threads to be had: those that there are do it all
+    }
+    work(0);
+    for (std::thread& thread : others) thread.join();
+  }
+
+ private:
   struct alignas(64) Share {
     int64_t begin, end;
     std::atomic<int64_t> num_taken{0};
   };
-  std::vector<Share> shares(num_threads);
-  for (int t = 0; t < num_threads; ++t) {
-    shares[t].begin = count * t / num_threads;
-    shares[t].end = count * (t + 1) / num_threads;
-  }
-  const auto work = [&](int thread) {
-    for (int t = 0; t < num_threads; ++t) {
-      Share& share = shares[(thread + t) % num_threads];
-      for (int64_t k = share.num_taken++; k < share.end - share.begin; k = share.num_taken++)
-        body(order == Order::forwards ? share.begin + k : share.end - 1 - k);
-    }
-  };
-  if (num_threads == 1) return work(0);
-#if defined(_OPENMP)
-  if (!is_forked_child) {
-#pragma omp parallel num_threads(num_threads)
-    work(omp_get_thread_num());
-    return;
-  }
-#endif
-  std::vector<std::thread> team;
-  team.reserve(num_threads);
-  try {
-    for (int t = 1; t < num_threads; ++t) team.emplace_back(work, t);
-  } catch (const std::system_error&) {  // no more threads to be had: those that there are do it all
-  }
-  work(0);
-  for (std::thread& thread : team) thread.join();
-}
+  std::vector<Share> shares_;
+};
 
 // ---- elements --------------------------------------------------------------------------------------------------
 
@@ -233,7 +242,7 @@ double sum_of_squares(const Entry& entry, int64_t begin, int64_t count, double s
 
 double scaled_norm(Table& table, double scale, int num_threads) {
   table.make_batches(num_threads);
-  parallel_for(int64_t(table.batches.size()), num_threads, Order::forwards, [&](int64_t i) {
+  Team(int64_t(table.batches.size()), num_threads).run(Order::forwards, [&](int64_t i) {
     for (int32_t c = table.batches[i].begin; c < table.batches[i].end; ++c) {
       const Chunk& chunk = table.chunks[c];
       const Entry& entry = table.entries[chunk.entry];
@@ -345,8 +354,9 @@ int64_t first_nonfinite(const Table& table) {
 
 void update(Table& table, const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
             int num_threads) {
-  // First all that can fail; then tensors, then their step counts.
+  // First all that can fail, then all that writes.
   table.make_batches(num_threads);
+  Team team(int64_t(table.batches.size()), num_threads);
   std::vector<Functor> functors;
   std::vector<uint32_t> functor_of(table.entries.size());
   FunctorKey last{-1, -1, in_float, 0, 0};
@@ -365,8 +375,15 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
     functor_of[i] = uint32_t(functors.size() - 1);
   }
 
+  for (size_t i = 0; i < table.entries.size(); ++i) {
+    const Entry& entry = table.entries[i];
+    if (!entry.is_active) continue;
+    *entry.step += 1;
+    write_extra(entry, functors[functor_of[i]].extra);
+  }
+
   // Backwards, because the norm went forwards: the gradients it read last are still in the cache.
-  parallel_for(int64_t(table.batches.size()), num_threads, Order::backwards, [&](int64_t i) {
+  team.run(Order::backwards, [&](int64_t i) {
     const Batch& batch = table.batches[i];
     for (int32_t c = batch.begin; c < batch.end; ++c) {
       const Chunk& chunk = table.chunks[c];
@@ -374,12 +391,6 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
       if (entry.is_active) update_chunk(entry, functors[functor_of[chunk.entry]].bytes, chunk.begin, chunk.count);
     }
   });
-  for (size_t i = 0; i < table.entries.size(); ++i) {
-    const Entry& entry = table.entries[i];
-    if (!entry.is_active) continue;
-    *entry.step += 1;
-    write_extra(entry, functors[functor_of[i]].extra);
-  }
 }
 
 }  // namespace fusedopt::cpu
