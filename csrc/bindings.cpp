@@ -115,6 +115,10 @@ bool describe(py::handle object, TensorInfo& info) {
   return true;
 }
 
+// Whether the values are minus what memory holds, which DLPack does not tell. Such tensors come out of complex ones
+// (`z.conj().imag`), so only those with gaps are worth the question.
+bool is_negated(PyObject* tensor) { return py::handle(tensor).attr("is_neg")().cast<bool>(); }
+
 // ---- the same objects? -----------------------------------------------------------------------------------------
 
 // Remembers which objects param_groups and state hold. By address only: whoever makes a Watch keeps the objects alive,
@@ -174,6 +178,14 @@ struct Layout {
            shape == other.shape && strides == other.strides;
   }
 
+  // Whether no dimension steps from one element to the next in memory.
+  bool has_gaps() const {
+    for (size_t i = 0; i < shape.size(); ++i) {
+      if (shape[i] > 1 && strides[i] == 1) return false;
+    }
+    return true;
+  }
+
   // Strides of dimensions of size 1 say nothing.
   bool fits(const TensorInfo& now) const {
     if (size_t(now.ndim) != shape.size() || now.dtype != dtype || now.device_type != device_type ||
@@ -220,6 +232,7 @@ class Bucket {
     planned.param = remember(param);
     planned.grad_layout = grad.is_none() ? planned.param.layout : remember(grad).layout;
     planned.grad_type = grad.is_none() ? tensor_type : Py_TYPE(grad.ptr());
+    planned.grad_may_be_negated = planned.grad_layout->has_gaps();
     planned.entry = int(table_.entries.size());
     Entry entry;
     entry.shape = planned.param.layout->shape;
@@ -276,6 +289,7 @@ class Bucket {
       ++num_active_;
       if (Py_TYPE(grad) != planned.grad_type || !describe(grad, now) || !planned.grad_layout->fits(now)) return false;
       if (now.data == nullptr && entry.numel > 0) return false;  // its storage was freed
+      if (planned.grad_may_be_negated && is_negated(grad)) return false;
       entry.operands[Entry::grad].data = now.data;
     }
     return written_unmoved();
@@ -331,6 +345,7 @@ class Bucket {
     Seen param;
     PyTypeObject* grad_type = nullptr;
     const Layout* grad_layout = nullptr;
+    bool grad_may_be_negated = false;
     Seen written[max_states + 2];  // states, step count, extra
     int num_written = 0;
     int entry = -1;  // index into the table; -1: idle

@@ -171,6 +171,7 @@ class Clip:
         self.forget()
 
 
+@torch.compiler.disable
 def clip_grad_norm_(
     optimizers: FusedOptimizer | Iterable[FusedOptimizer], max_norm: float, *, error_if_nonfinite: bool = False
 ) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -50,7 +51,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._backend = backend
         backends.resolve(backend)
         self._plan: Plan | None = None
-        self._in_step: dict[int, object] = {}  # process -> whose step it is
+        self._in_step: dict[int, int] = {}  # process -> the thread that is in a step
         changed = {name: value for name, value in own_options.items() if value != self.rule.own_options[name]}
         super().__init__(params, {**defaults, **changed})
 
@@ -120,10 +121,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         State made for an update that then does not happen is gone again.
         """
-        owner, process, token, plan = f"{type(self).__name__}.{caller}", os.getpid(), object(), None
+        owner, process, thread, plan = f"{type(self).__name__}.{caller}", os.getpid(), threading.get_ident(), None
         try:
-            # One operation, so that no thread can come between; by process, so that a fork during a step leaves the child free.
-            if self._in_step.setdefault(process, token) is not token:
+            # One operation, so that no thread can come between. By process, so that a fork during a step leaves the child
+            # free; by thread, so that one that an interrupt threw out of its step can go on.
+            if self._in_step.setdefault(process, thread) != thread:
                 raise RuntimeError(f"{owner}: another thread is in a step of the same optimizer; {UNCHANGED}")
             plan = self._plan
             if plan is not None:
@@ -136,12 +138,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._plan = plan
             yield plan
         finally:
-            if plan is not None:
-                plan.release()
-                if plan.discard_fresh_state():
-                    self._plan = None
-            if self._in_step.get(process) is token:
-                del self._in_step[process]
+            try:
+                if plan is not None:
+                    plan.release()
+                    if plan.discard_fresh_state():
+                        self._plan = None
+            finally:
+                if self._in_step.get(process) == thread:
+                    del self._in_step[process]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch; also drops a `clip_grad_norm_` that no step has used."""
@@ -150,6 +154,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- clipping ----------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> torch.Tensor:
         """Clips by global norm at the next `step`; see `fusedopt.clip_grad_norm_`. Gradients are not written."""
         return clip.clip_grad_norm_(self, max_norm, error_if_nonfinite=error_if_nonfinite)

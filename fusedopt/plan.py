@@ -250,16 +250,40 @@ class Plan:
 
     def _check_overlap(self, entries: list[Entry]) -> None:
         """Two parameters over the same memory would race."""
-        open_entries: list[Entry] = []  # that reach beyond where the present one begins
-        for entry in sorted(entries, key=lambda entry: (str(entry.param.device), entry.param.data_ptr())):
+        entries = [entry for entry in entries if entry.param.numel() > 0]
+        entries.sort(key=lambda entry: (str(entry.param.device), entry.param.data_ptr()))
+        cluster, end = [], 0  # neighbours, each of which begins before the ones so far end
+        for entry in entries:
             param = entry.param
-            if param.numel() == 0:
-                continue
-            open_entries = [other for other in open_entries if _reaches_into(other.param, param)]
-            for other in open_entries:
-                if _share_memory(other.param, param):
-                    self._fail(ValueError, entry, f"shares memory with {other}; give the optimizer one of them")
-            open_entries.append(entry)
+            if cluster and (param.device != cluster[0].param.device or param.data_ptr() >= end):
+                self._check_cluster(cluster)
+                cluster = []
+            end = max(end if cluster else 0, param.data_ptr() + _extent(param) * param.element_size())
+            cluster.append(entry)
+        self._check_cluster(cluster)
+
+    def _check_cluster(self, cluster: list[Entry]) -> None:
+        """The same for parameters whose stretches of memory overlap, but perhaps not their elements: byte by byte."""
+        if len(cluster) < 2:
+            return
+        begin = cluster[0].param.data_ptr()
+        stretches = [(e.param.data_ptr() - begin, _extent(e.param) * e.param.element_size()) for e in cluster]
+        dense_end, dense = 0, None
+        for entry, (offset, length) in zip(cluster, stretches, strict=True):  # the usual case, without a map
+            if _is_dense(entry.param):
+                if offset < dense_end:
+                    self._fail(ValueError, entry, f"shares memory with {dense}; give the optimizer one of them")
+                dense_end, dense = offset + length, entry
+        size = max(offset + length for offset, length in stretches)
+        owner = torch.full((size,), -1, dtype=torch.int32, device="cpu")  # index of the parameter a byte belongs to
+        for i, (entry, (offset, _)) in enumerate(zip(cluster, stretches, strict=True)):
+            param, width = entry.param, entry.param.element_size()
+            strides = (*(stride * width for stride in param.stride()), 1)
+            own = owner.as_strided((*param.shape, width), strides, offset)
+            other = int(own.max())
+            if other >= 0:
+                self._fail(ValueError, entry, f"shares memory with {cluster[other]}; give the optimizer one of them")
+            own.fill_(i)
 
     def _attach_state(self, entry: Entry, group: Mapping[str, Any], state: dict[torch.Tensor, dict[str, Any]]) -> None:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
@@ -369,31 +393,12 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
         if stride <= reach:  # no further than the dimensions inside it reach: perhaps, so count the addresses
             if stride == 0:
                 return True
-            addresses = torch.arange(_extent(tensor), device="cpu").as_strided(tensor.shape, tensor.stride())
+            addresses = torch.zeros((), dtype=torch.int64, device="cpu")
+            for step, count in _dims(tensor):
+                addresses = addresses.unsqueeze(-1) + step * torch.arange(count, device="cpu")
             return addresses.unique().numel() < tensor.numel()
         reach += stride * (size - 1)
     return False
-
-
-def _reaches_into(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the stretch of memory that ``a`` lies in goes beyond the first element of ``b``, which lies behind a's."""
-    return a.device == b.device and a.data_ptr() + _extent(a) * a.element_size() > b.data_ptr()
-
-
-def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether any byte belongs to both, of two tensors whose stretches of memory overlap; ``a`` begins first."""
-    if _is_dense(a) and _is_dense(b):
-        return True
-    distance = b.data_ptr() - a.data_ptr()
-    length = max(_extent(a) * a.element_size(), distance + _extent(b) * b.element_size())
-    is_taken = torch.zeros(length, dtype=torch.bool, device="cpu")
-
-    def its_bytes(tensor: torch.Tensor, offset: int) -> torch.Tensor:
-        size = tensor.element_size()
-        return is_taken.as_strided((*tensor.shape, size), (*(s * size for s in tensor.stride()), 1), offset)
-
-    its_bytes(a, 0).fill_(True)
-    return bool(its_bytes(b, distance).any())
 
 
 def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -808,3 +809,48 @@ def test_woven_views_that_share_nothing_are_accepted(spec):
     for optimizer, at in ((spec.make(params), params), (spec.make(apart), apart)):
         train(optimizer, at, 2)
     assert_same_bits(params, apart)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first step", "third step"])
+def test_lazily_negated_gradient_is_refused(warm):
+    """Its memory holds minus its values; a warm plan has seen the same layout before."""
+    param = torch.nn.Parameter(torch.zeros(5))
+    optimizer = fusedopt.SGD([param], lr=1.0)
+    values = torch.complex(torch.zeros(5), torch.ones(5))
+    for _ in range(2 * warm):
+        param.grad = values.imag
+        optimizer.step()
+    param.grad = values.conj().imag
+    for call in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(RuntimeError, match="gradient is a lazy negative view; call resolve_neg"):
+            call()
+    param.grad = param.grad.resolve_neg()
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.full((5,), 1.0 - 2 * warm))
+
+
+def test_overlap_is_found_among_many_woven_views_in_time():
+    """Every pair of 300 columns reaches into each other."""
+    pool = randn((50, 300))
+    columns = [torch.nn.Parameter(pool[:, i]) for i in range(300)]
+    optimizer = fusedopt.SGD([*columns, torch.nn.Parameter(pool[7:9, 123:125])], lr=0.1)
+    set_grads(columns, 0)
+    began = time.perf_counter()
+    optimizer.step()
+    assert time.perf_counter() - began < 1
+    set_grads(optimizer.param_groups[0]["params"], 1)
+    with pytest.raises(
+        ValueError, match=r"\['params'\]\[(12[34]|300)\].* shares memory with .*\['params'\]\[(12[34]|300)\]"
+    ):
+        optimizer.step()
+
+
+def test_wide_strides_cost_nothing():
+    storage = torch.zeros(21_000_001)
+    param = torch.nn.Parameter(storage.as_strided((3, 2), (6_000_000, 9_000_000)))
+    param.grad = torch.ones(3, 2)
+    optimizer = fusedopt.SGD([param], lr=1.0)
+    began = time.perf_counter()
+    optimizer.step()
+    assert time.perf_counter() - began < 0.5
+    assert torch.equal(param.detach(), torch.full((3, 2), -1.0))

@@ -69,7 +69,7 @@ class Bucket:
         return self._table.first_nonfinite()
 
     def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
-        # Autograd must notice that a tensor it saved has changed. First: nothing may fail once it has.
+        # Autograd must notice that a tensor it saved has changed. First, so that no error can come after the writing.
         is_all = self._table.all_active()
         written = self._params if is_all else [self._params[i] for i in self._table.active()]
         torch.autograd.graph.increment_version(written)
