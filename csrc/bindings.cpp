@@ -180,10 +180,7 @@ struct Layout {
 
   // Whether no dimension steps from one element to the next in memory.
   bool has_gaps() const {
-    for (size_t i = 0; i < shape.size(); ++i) {
-      if (shape[i] > 1 && strides[i] == 1) return false;
-    }
-    return true;
+    return !strides.empty() && std::find(strides.begin(), strides.end(), 1) == strides.end();
   }
 
   // Strides of dimensions of size 1 say nothing.
