@@ -487,7 +487,12 @@ def state_cleared(spec, make):
 @every_class
 def test_comes_to_the_same_as_torch(spec, name):
     ours = SCENARIOS[name](spec, spec.make)
-    theirs = SCENARIOS[name](spec, spec.peer)
+    try:
+        theirs = SCENARIOS[name](spec, spec.peer)
+    except KeyError as error:
+        if spec.name == "Adagrad" and error.args == ("sum",):
+            pytest.skip("this torch's Adagrad fails on groups added later (2.11 does)")
+        raise
     assert_same_run(ours, theirs, spec.tolerance)
 
 
