@@ -123,12 +123,11 @@ class Clip:
             )
         return self._pending.coef
 
-    def defer(self, plan: Plan, norm: float, max_norm: float) -> None:
-        """Leaves it to the next step to clip to ``max_norm`` a gradient whose norm, clipped so far, is ``norm``."""
-        coef = self.pending_coef(plan) * coefficient(norm, max_norm)
+    def defer(self, plan: Plan, coef: float, is_finite: bool) -> None:
+        """Leaves it to the next step to multiply the gradients of now with ``coef``; ``is_finite``: whether their norm is."""
         grads = [entry.param.grad for entry in plan.active()]
         seen = {id(grad): (TensorWeakRef(grad), _version_of(grad)) for grad in grads}
-        self._pending = Pending(coef, math.isfinite(norm), seen)
+        self._pending = Pending(coef, is_finite, seen)
 
     def take(self, plan: Plan, grad_scale: float, found_inf: bool) -> float | None:
         """What this step multiplies gradients with; None if it is to be skipped.
@@ -225,7 +224,7 @@ def clip_grad_norm_(
         dtype = torch.float64 if any(plan.norm_dtype == torch.float64 for plan in plans) else torch.float32
         device = next((plan.norm_device for plan in plans if plan.active()), torch.device("cpu"))
         result = torch.tensor(norm, dtype=dtype, device=device)
-        for clip, plan in zip(clips, plans, strict=True):
-            clip.defer(plan, norm, limit)
+        for clip, plan, coef in zip(clips, plans, coefs, strict=True):
+            clip.defer(plan, coef * coefficient(norm, limit), math.isfinite(norm))
             clip.grad_norm = result
     return result

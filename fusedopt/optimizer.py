@@ -154,7 +154,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- clipping ----------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> torch.Tensor:
         """Clips by global norm at the next `step`; see `fusedopt.clip_grad_norm_`. Gradients are not written."""
         return clip.clip_grad_norm_(self, max_norm, error_if_nonfinite=error_if_nonfinite)
