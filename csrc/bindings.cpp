@@ -3,13 +3,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <deque>
 #include <stdexcept>
 
 #include "cpu/engine.h"
-#include "dlpack.h"
 #include "plan.h"
 #include "rules/all.h"
+#include "torch_abi.h"
 
 namespace py = pybind11;
 
@@ -20,15 +21,13 @@ namespace {
 
 struct TensorInfo {
   char* data;
-  int32_t device_type, device_index;
-  int dtype;  // index into dtype_names, or -1
+  int dtype;  // index into dtype_names; num_dtypes: none of them
+  int32_t device_type, device_index;  // as torch numbers them; only compared
   int32_t ndim;
   const int64_t* shape;
   const int64_t* strides;
   std::vector<int64_t> owned;  // shape and strides where no one else holds them
 };
-
-const dlpack::ExchangeApi* exchange_api = nullptr;
 
 PyTypeObject* tensor_type = nullptr;
 
@@ -51,35 +50,52 @@ PyObject* grad_of(PyObject* tensor) {
   return getset->get(tensor, getset->closure);
 }
 
-// Called once at import with torch.Tensor and its __dlpack_c_exchange_api__; returns whether the latter can be used.
-bool use_torch(const py::type& tensor, const py::object& capsule) {
+// How to read a tensor through torch's stable ABI, once `use_torch` has found that it works.
+struct Reader : torch_abi::Functions {
+  size_t offset = 0;  // of the at::Tensor in its Python object; 0: not found, read Python attributes instead
+  int32_t strided = 0;
+  int32_t dtypes[num_dtypes] = {};
+} reader;
+
+// A handle to a tensor's at::Tensor. Borrowed from the Python object, which may come to hold another (swap_tensors).
+torch_abi::Handle handle_of(PyObject* tensor) { return reinterpret_cast<char*>(tensor) + reader.offset; }
+
+// Called at import: with torch.Tensor, the address of each of torch_functions (or none at all), and some tensors with the
+// address of what their at::Tensor points to. Returns whether the fast way of reading can be used.
+bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
+               const std::vector<std::pair<py::object, uintptr_t>>& known) {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
-  exchange_api = nullptr;
-  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
-  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (api->version.major != 1 || api->tensor_from_py_object == nullptr) return false;
-  exchange_api = api;
-  return true;
-}
-
-int dtype_index(dlpack::DataType dtype) {
-  if (dtype.lanes != 1) return -1;
-  if (dtype.code == 2 && dtype.bits == 32) return int(DType::float32);
-  if (dtype.code == 2 && dtype.bits == 64) return int(DType::float64);
-  if (dtype.code == 4 && dtype.bits == 16) return int(DType::bfloat16);
-  if (dtype.code == 2 && dtype.bits == 16) return int(DType::float16);
-  return -1;
-}
-
-// The same through Python attributes, for a torch without the exchange API: slower, nothing else.
-bool describe_by_attributes(py::handle tensor, TensorInfo& info) {
-  const std::string dtype = py::str(tensor.attr("dtype")), device = py::str(tensor.attr("device").attr("type"));
-  info.dtype = -1;
-  for (int i = 0; i < num_dtypes; ++i) {
-    if (dtype == std::string("torch.") + dtype_names[i]) info.dtype = i;
+  reader = Reader();
+  if (functions.empty()) return false;
+  size_t i = 0;
+#define FO_TAKE(name, type) reader.name = reinterpret_cast<decltype(reader.name)>(functions.at(i++));
+  FO_TORCH_FUNCTIONS(FO_TAKE)
+#undef FO_TAKE
+  reader.strided = reader.layout_strided();
+  reader.dtypes[int(DType::float32)] = reader.dtype_float32();
+  reader.dtypes[int(DType::float64)] = reader.dtype_float64();
+  reader.dtypes[int(DType::bfloat16)] = reader.dtype_bfloat16();
+  reader.dtypes[int(DType::float16)] = reader.dtype_float16();
+  // An at::Tensor is one pointer. Where it lies in the Python object is torch's own business, so look for it: the first
+  // thing in the object, or behind a flag (older versions).
+  for (const size_t offset : {sizeof(PyObject), sizeof(PyObject) + sizeof(void*)}) {
+    const auto is_there = [offset](const std::pair<py::object, uintptr_t>& pair) {
+      return *reinterpret_cast<uintptr_t*>(reinterpret_cast<char*>(pair.first.ptr()) + offset) == pair.second;
+    };
+    if (!std::all_of(known.begin(), known.end(), is_there)) continue;
+    reader.offset = offset;
+    return true;
   }
-  info.device_type = device == "cpu" ? 1 : 2;
-  info.device_index = 0;
+  return false;
+}
+
+// The same through Python attributes: slower, nothing else.
+void describe_by_attributes(py::handle tensor, TensorInfo& info) {
+  const std::string dtype = py::str(tensor.attr("dtype"));
+  const py::object device = tensor.attr("device");
+  info.dtype = int(std::find(dtype_names, dtype_names + num_dtypes, dtype.substr(strlen("torch."))) - dtype_names);
+  info.device_type = py::str(device.attr("type")).cast<std::string>() == "cpu" ? 0 : 1;
+  info.device_index = device.attr("index").is_none() ? -1 : device.attr("index").cast<int32_t>();
   const auto shape = tensor.attr("shape").cast<std::vector<int64_t>>();
   const auto strides = tensor.attr("stride")().cast<std::vector<int64_t>>();
   info.ndim = int32_t(shape.size());
@@ -88,34 +104,44 @@ bool describe_by_attributes(py::handle tensor, TensorInfo& info) {
   info.shape = info.owned.data();
   info.strides = info.owned.data() + shape.size();
   info.data = reinterpret_cast<char*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-  return true;
 }
 
-// False, with no Python error set, for what cannot be described so: sparse tensors, subclasses without memory.
-bool describe(py::handle object, TensorInfo& info) {
-  if (exchange_api == nullptr) {
+// All but the device, of a strided tensor. False, with no Python error set, for what cannot be described so.
+bool describe_values(PyObject* tensor, TensorInfo& info) {
+  if (reader.offset == 0) {
     try {
-      return describe_by_attributes(object, info);
+      describe_by_attributes(tensor, info);
+      return true;
     } catch (const std::exception&) {
       return false;
     }
   }
-  dlpack::Tensor tensor;
-  if (exchange_api->tensor_from_py_object(object.ptr(), &tensor) != 0) {
-    PyErr_Clear();
+  const torch_abi::Handle handle = handle_of(tensor);
+  int32_t dtype;
+  int64_t dim, *shape, *strides;
+  void* data;
+  if (reader.get_data_ptr(handle, &data) || reader.get_dtype(handle, &dtype) || reader.get_dim(handle, &dim) ||
+      reader.get_sizes(handle, &shape) || reader.get_strides(handle, &strides))
     return false;
-  }
-  info.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  info.device_type = tensor.device.type;
-  info.device_index = tensor.device.index;
-  info.dtype = dtype_index(tensor.dtype);
-  info.ndim = tensor.ndim;
-  info.shape = tensor.shape;
-  info.strides = tensor.strides;
+  info.data = static_cast<char*>(data);
+  info.dtype = int(std::find(reader.dtypes, reader.dtypes + num_dtypes, dtype) - reader.dtypes);
+  info.ndim = int32_t(dim);
+  info.shape = shape;
+  info.strides = strides;
   return true;
 }
 
-// Whether the values are minus what memory holds, which DLPack does not tell. Such tensors come out of complex ones
+// False as well for sparse tensors. `tensor` must be a torch.Tensor.
+bool describe(PyObject* tensor, TensorInfo& info) {
+  if (reader.offset == 0) return describe_values(tensor, info);
+  const torch_abi::Handle handle = handle_of(tensor);
+  int32_t layout;
+  return reader.get_layout(handle, &layout) == 0 && layout == reader.strided &&
+         reader.get_device_type(handle, &info.device_type) == 0 &&
+         reader.get_device_index(handle, &info.device_index) == 0 && describe_values(tensor, info);
+}
+
+// Whether the values are minus what memory holds, which the stable ABI does not tell. Such tensors come out of complex ones
 // (`z.conj().imag`), so only those with gaps are worth the question.
 bool is_negated(PyObject* tensor) { return py::handle(tensor).attr("is_neg")().cast<bool>(); }
 
@@ -183,11 +209,13 @@ struct Layout {
     return !strides.empty() && std::find(strides.begin(), strides.end(), 1) == strides.end();
   }
 
-  // Strides of dimensions of size 1 say nothing.
+  bool is_on_device_of(const TensorInfo& now) const {
+    return now.device_type == device_type && now.device_index == device_index;
+  }
+
+  // All but the device. Strides of dimensions of size 1 say nothing.
   bool fits(const TensorInfo& now) const {
-    if (size_t(now.ndim) != shape.size() || now.dtype != dtype || now.device_type != device_type ||
-        now.device_index != device_index)
-      return false;
+    if (size_t(now.ndim) != shape.size() || now.dtype != dtype) return false;
     for (int32_t i = 0; i < now.ndim; ++i) {
       if (now.shape[i] != shape[i] || (now.shape[i] > 1 && now.strides[i] != strides[i])) return false;
     }
@@ -201,10 +229,10 @@ struct Seen {
   char* data = nullptr;
   const Layout* layout = nullptr;
 
-  // Still at the same address, with the same layout.
+  // Still at the same address (and so on the same device), with the same layout.
   bool unmoved() const {
     TensorInfo now;
-    return describe(object, now) && now.data == data && layout->fits(now);
+    return describe_values(object, now) && now.data == data && layout->fits(now);
   }
 };
 
@@ -255,12 +283,9 @@ class Bucket {
     planned_.push_back(planned);
   }
 
-  void finish() {
-    table_.make_chunks();
-    checks_per_step_ = std::min(planned_.size(), std::max<size_t>(min_checks, table_.numel() / elements_per_check));
-  }
+  void finish() { table_.make_chunks(); }
 
-  // Reads every parameter's and gradient's address again. False: something is not as planned, make a new plan.
+  // Reads every parameter's, state's and gradient's address again. False: something is not as planned, make a new plan.
   // Holds on to the gradients it saw until release().
   bool refresh() {
     release();
@@ -269,7 +294,7 @@ class Bucket {
     held_.reserve(planned_.size());
     for (const Planned& planned : planned_) {
       const bool is_idle = planned.entry < 0;
-      if (!is_idle && !planned.param.unmoved()) return false;
+      if (!is_idle && !planned.unmoved()) return false;
       PyObject* grad = grad_of(planned.param.object);
       if (grad == nullptr) throw py::error_already_set();
       const bool is_active = grad != Py_None;
@@ -284,12 +309,14 @@ class Bucket {
       entry.is_active = is_active;
       if (!is_active) continue;
       ++num_active_;
-      if (Py_TYPE(grad) != planned.grad_type || !describe(grad, now) || !planned.grad_layout->fits(now)) return false;
+      if (Py_TYPE(grad) != planned.grad_type || !describe(grad, now) || !planned.grad_layout->fits(now) ||
+          !planned.grad_layout->is_on_device_of(now))
+        return false;
       if (now.data == nullptr && entry.numel > 0) return false;  // its storage was freed
       if (planned.grad_may_be_negated && is_negated(grad)) return false;
       entry.operands[Entry::grad].data = now.data;
     }
-    return written_unmoved();
+    return true;
   }
 
   void release() {
@@ -346,27 +373,19 @@ class Bucket {
     Seen written[max_states + 2];  // states, step count, extra
     int num_written = 0;
     int entry = -1;  // index into the table; -1: idle
-  };
 
-  // That a state is the same object is checked in every step (Watch). Whether its memory was swapped under it, which takes
-  // `state.data = ...` or `share_memory_()`, costs as much to see as all the rest: so for as many parameters a step as add
-  // little to its time, in turn. For 64 parameters, or any number of 4096 elements on average, that is all of them.
-  static constexpr size_t min_checks = 64, elements_per_check = 4096;
-
-  bool written_unmoved() {
-    for (size_t i = 0; i < checks_per_step_; ++i) {
-      if (next_checked_ >= planned_.size()) next_checked_ = 0;
-      const Planned& planned = planned_[next_checked_++];
-      for (int written = 0; written < planned.num_written; ++written) {
-        if (!planned.written[written].unmoved()) return false;
+    bool unmoved() const {
+      for (int i = 0; i < num_written; ++i) {
+        if (!written[i].unmoved()) return false;
       }
+      return param.unmoved();
     }
-    return true;
-  }
+  };
 
   Seen remember(py::handle tensor) {
     TensorInfo info;
-    if (!describe(tensor, info)) throw std::invalid_argument("not a tensor with plain memory");
+    if (!PyObject_TypeCheck(tensor.ptr(), tensor_type) || !describe(tensor.ptr(), info))
+      throw std::invalid_argument("not a tensor with plain memory");
     Layout layout(info);
     for (const Layout& known : layouts_) {
       if (known == layout) return {tensor.ptr(), info.data, &known};
@@ -384,7 +403,6 @@ class Bucket {
   std::vector<Planned> planned_;
   std::vector<PyObject*> held_;
   size_t num_active_ = 0;
-  size_t checks_per_step_ = 0, next_checked_ = 0;
 };
 
 py::dict rule_table() {
@@ -415,7 +433,12 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_openmp") = false;
 #endif
-  m.def("use_torch", &use_torch, py::arg("tensor"), py::arg("capsule"));
+  py::list torch_functions;
+#define FO_NAME(name, type) torch_functions.append("aoti_torch_" #name);
+  FO_TORCH_FUNCTIONS(FO_NAME)
+#undef FO_NAME
+  m.attr("torch_functions") = torch_functions;
+  m.def("use_torch", &use_torch, py::arg("tensor"), py::arg("functions"), py::arg("known"));
   m.def("available_isas", &cpu::available_isas);
   m.def("isa", &cpu::isa);
   m.def("set_isa", &cpu::set_isa, py::arg("name"));

@@ -36,6 +36,7 @@ from helpers import (
 )
 
 import fusedopt
+from fusedopt import _C
 from fusedopt.backends import cpu
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -586,17 +587,25 @@ def moved(tensor):
     tensor.data = tensor.data.clone()
 
 
+@pytest.fixture(params=["by the C ABI", "by attributes"])
+def reading(request):
+    """The two ways in which the CPU engine reads tensors."""
+    if request.param == "by attributes":
+        assert not _C.use_torch(torch.Tensor, [], [])
+    yield
+    assert cpu._use_torch()
+
+
 @pytest.mark.parametrize("move", [shared, moved], ids=lambda function: function.__name__)
-@pytest.mark.parametrize("count", [5, 200], ids=["few", "many"])
+@pytest.mark.parametrize("shapes", [((5003,), (71, 71), (7,)), ((7,),) * 150], ids=["few", "many tiny"])
 @every_class
-def test_state_whose_memory_moved_is_followed(spec, move, count):
-    """At once, step counts too: the old memory may be gone. 200 parameters of some 5000 elements are all looked at."""
-    shapes = ((5003,), (71, 71), *[(4999,)] * (count - 2))
+def test_state_whose_memory_moved_is_followed(spec, move, shapes, reading):
+    """At once, step counts too: the old memory may be gone."""
     params, plain_params = make_params(shapes), make_params(shapes)
     optimizer, plain = spec.make(params), spec.make(plain_params)
     train(optimizer, params, 2)
     train(plain, plain_params, 2)
-    for value in optimizer.state.get(params[-1], {}).values():  # of one only: a new plan would follow all
+    for value in optimizer.state.get(params[-2], {}).values():  # of one only: a new plan would follow all
         move(value)
     train(optimizer, params, 2, 2)
     train(plain, plain_params, 2, 2)
@@ -606,18 +615,30 @@ def test_state_whose_memory_moved_is_followed(spec, move, count):
 
 
 @every_class
-def test_state_whose_memory_moved_is_followed_in_turn_where_tensors_are_tiny(spec):
-    """64 parameters a step: the last of 150 by the third step after. The memory it had is kept alive until then."""
-    params = make_params([(7,)] * 150)
-    optimizer = spec.make(params)
-    train(optimizer, params, 2)
-    values = [*optimizer.state.get(params[-1], {}).values()]
-    for value in values:
-        moved(value)
-    train(optimizer, params, 3, 2)
-    before = [value.clone() for value in values]
-    train(optimizer, params, 1, 5)
-    assert all(not torch.equal(old, new) for old, new in zip(before, values, strict=True))
+def test_state_whose_layout_changed_in_place_is_followed(spec, reading):
+    """Same memory, transposed: elements pair by index, as everywhere in torch."""
+    params, plain_params = make_params([(13, 13)]), make_params([(13, 13)])
+    optimizer, plain = spec.make(params), spec.make(plain_params, backend="reference")
+    for pair in ((optimizer, params), (plain, plain_params)):
+        train(*pair, 2)
+        for value in pair[0].state.get(pair[1][0], {}).values():
+            if value.dim() == 2:
+                value.t_()
+        train(*pair, 2, 2)
+    assert_close(params, plain_params, 1e-5)
+
+
+@every_class
+def test_parameters_and_gradients_that_swapped_places_are_followed(spec, reading):
+    """torch.utils.swap_tensors exchanges what two Python objects hold."""
+    params, plain_params = make_params([(13, 7)] * 3), make_params([(13, 7)] * 3)
+    optimizer, plain = spec.make(params), spec.make(plain_params, backend="reference")
+    for pair in ((optimizer, params), (plain, plain_params)):
+        train(*pair, 2)
+        pair[0].zero_grad()
+        torch.utils.swap_tensors(pair[1][0], torch.nn.Parameter(randn((13, 7), seed=99)))
+        train(*pair, 2, 2)
+    assert_close(params, plain_params, 1e-5)
 
 
 # ---- copies ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,20 @@ from fusedopt.rules import Rule
 if TYPE_CHECKING:
     from fusedopt.plan import Entry
 
-_C.use_torch(torch.Tensor, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+
+
+def _use_torch() -> bool:
+    """Lets the extension read tensors through torch's stable C ABI. False: it reads Python attributes instead, slowly."""
+    try:
+        library = ctypes.CDLL(torch._C.__file__)  # loaded already; a symbol is looked for in what it links to as well
+        functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in _C.torch_functions]
+    except (AttributeError, OSError):
+        functions = []
+    tensors = [torch.empty(3), torch.nn.Parameter(torch.empty(2, 2)), torch.empty((), dtype=torch.float64)]
+    return _C.use_torch(torch.Tensor, functions, [(tensor, tensor._cdata) for tensor in tensors])
+
+
+_use_torch()
 
 _forced_isa = os.environ.get("FUSEDOPT_CPU_ISA")
 if _forced_isa and not _C.set_isa(_forced_isa):
