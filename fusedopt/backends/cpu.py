@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from fusedopt.plan import Entry
 
 
-
 def _use_torch() -> bool:
     """Lets the extension read tensors through torch's stable C ABI. False: it reads Python attributes instead, slowly."""
     try:
