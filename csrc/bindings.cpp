@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "cpu/engine.h"
+#include "cpu/team.h"
 #include "plan.h"
 #include "rules/all.h"
 #include "torch_abi.h"
@@ -229,6 +230,15 @@ struct Seen {
   char* data = nullptr;
   const Layout* layout = nullptr;
 
+  // What describes a tensor is cold when a step begins. Asking early hides that: first for the Python object, later for
+  // the tensor that it holds.
+  void prefetch_object() const { __builtin_prefetch(handle_of(object)); }
+
+  void prefetch_tensor() const {
+    const char* tensor = *static_cast<char**>(handle_of(object));
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(tensor + 64 * line);
+  }
+
   // Still at the same address (and so on the same device), with the same layout.
   bool unmoved() const {
     TensorInfo now;
@@ -287,14 +297,14 @@ class Bucket {
 
   // Reads every parameter's, state's and gradient's address again. False: something is not as planned, make a new plan.
   // Holds on to the gradients it saw until release().
-  bool refresh() {
+  bool refresh(int num_threads) {
     release();
+    if (!unmoved(num_threads)) return false;
     TensorInfo now;
     num_active_ = 0;
     held_.reserve(planned_.size());
     for (const Planned& planned : planned_) {
       const bool is_idle = planned.entry < 0;
-      if (!is_idle && !planned.unmoved()) return false;
       PyObject* grad = grad_of(planned.param.object);
       if (grad == nullptr) throw py::error_already_set();
       const bool is_active = grad != Py_None;
@@ -364,6 +374,8 @@ class Bucket {
   }
 
  private:
+  static constexpr size_t prefetch_distance = 8;  // parameters
+
   // A parameter and all that a step must find as it was.
   struct Planned {
     Seen param;
@@ -374,13 +386,40 @@ class Bucket {
     int num_written = 0;
     int entry = -1;  // index into the table; -1: idle
 
+    template <class Visit>
+    void for_each(Visit visit) const {
+      visit(param);
+      for (int i = 0; i < num_written; ++i) visit(written[i]);
+    }
+
     bool unmoved() const {
+      if (entry < 0) return true;
       for (int i = 0; i < num_written; ++i) {
         if (!written[i].unmoved()) return false;
       }
       return param.unmoved();
     }
   };
+
+  // Whether all parameters and states are as planned. That is waiting for memory, mostly, so several threads do it.
+  bool unmoved(int num_threads) const {
+    const int64_t count = int64_t(planned_.size()), piece = 128;
+    std::atomic<bool> is_same{true};
+    cpu::Team team((count + piece - 1) / piece, reader.offset == 0 ? 1 : num_threads);
+    team.run(cpu::Order::forwards, [&](int64_t i) {
+      for (size_t k = size_t(i * piece); k < size_t(std::min(count, (i + 1) * piece)); ++k) {
+        prefetch_after(k);
+        if (!planned_[k].unmoved()) is_same = false;
+      }
+    });
+    return is_same;
+  }
+
+  void prefetch_after(size_t i) const {
+    if (reader.offset == 0 || i + 2 * prefetch_distance >= planned_.size()) return;
+    planned_[i + 2 * prefetch_distance].for_each([](const Seen& tensor) { tensor.prefetch_object(); });
+    planned_[i + prefetch_distance].for_each([](const Seen& tensor) { tensor.prefetch_tensor(); });
+  }
 
   Seen remember(py::handle tensor) {
     TensorInfo info;
@@ -453,7 +492,7 @@ PYBIND11_MODULE(_C, m) {
       .def("add", &Bucket::add, py::arg("param"), py::arg("grad"), py::arg("states"), py::arg("step"), py::arg("extra"),
            py::arg("rule"), py::arg("group"), py::arg("is_strided"))
       .def("finish", &Bucket::finish)
-      .def("refresh", &Bucket::refresh)
+      .def("refresh", &Bucket::refresh, py::arg("num_threads"))
       .def("release", &Bucket::release)
       .def("active", &Bucket::active)
       .def("all_active", &Bucket::all_active)

@@ -778,7 +778,7 @@ def test_wrong_number_of_hyperparameters_is_refused_by_the_engine():
     optimizer = fusedopt.NAdam(params)
     train(optimizer, params, 1)
     table = optimizer._plan.buckets[0]._table
-    table.refresh()
+    table.refresh(1)
     scalars = optimizer._plan.scalars
     for bad, coefs, kind in ((scalars[0][:-1], [1.0], ValueError), (scalars[0], [], IndexError)):
         with nothing_changes(optimizer), pytest.raises(kind):

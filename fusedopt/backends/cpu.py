@@ -70,7 +70,7 @@ class Bucket:
         self._params = [entry.param for entry in self.entries]
 
     def refresh(self) -> bool:
-        return self._table.refresh()
+        return self._table.refresh(torch.get_num_threads())
 
     def release(self) -> None:
         self._table.release()
