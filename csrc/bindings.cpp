@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
+#include <optional>
 #include <stdexcept>
 
 #include "cpu/engine.h"
@@ -296,37 +297,24 @@ class Bucket {
   void finish() { table_.make_chunks(); }
 
   // Reads every parameter's, state's and gradient's address again. False: something is not as planned, make a new plan.
-  // Holds on to the gradients it saw until release().
+  // Holds on to the gradients it saw until release(). It is waiting for memory, mostly, so several threads do it.
   bool refresh(int num_threads) {
     release();
-    if (!unmoved(num_threads)) return false;
-    TensorInfo now;
-    num_active_ = 0;
-    held_.reserve(planned_.size());
-    for (const Planned& planned : planned_) {
-      const bool is_idle = planned.entry < 0;
-      PyObject* grad = grad_of(planned.param.object);
-      if (grad == nullptr) throw py::error_already_set();
-      const bool is_active = grad != Py_None;
-      if (!is_active) {
-        Py_DECREF(grad);
-      } else {
-        held_.push_back(grad);
-        if (is_idle) return false;
-      }
-      if (is_idle) continue;
-      Entry& entry = table_.entries[planned.entry];
-      entry.is_active = is_active;
-      if (!is_active) continue;
-      ++num_active_;
-      if (Py_TYPE(grad) != planned.grad_type || !describe(grad, now) || !planned.grad_layout->fits(now) ||
-          !planned.grad_layout->is_on_device_of(now))
-        return false;
-      if (now.data == nullptr && entry.numel > 0) return false;  // its storage was freed
-      if (planned.grad_may_be_negated && is_negated(grad)) return false;
-      entry.operands[Entry::grad].data = now.data;
-    }
-    return true;
+    const int64_t count = int64_t(planned_.size()), piece = 64;
+    std::atomic<bool> is_same{true};
+    bool are_grads_same = false;
+    cpu::Team team((count + piece - 1) / piece, reader.offset == 0 ? 1 : num_threads);
+    team.run(
+        cpu::Order::backwards,
+        [&](int64_t i) {
+          for (size_t k = size_t(i * piece); k < size_t(std::min(count, (i + 1) * piece)); ++k) {
+            prefetch_after(k);
+            if (!planned_[k].unmoved()) is_same = false;
+          }
+        },
+        [&] { are_grads_same = refresh_grads(); });
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return is_same && are_grads_same;
   }
 
   void release() {
@@ -362,9 +350,22 @@ class Bucket {
     return -1;
   }
 
-  void update(const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef, int num_threads) {
-    py::gil_scoped_release unlocked;
-    cpu::update(table_, hyper, grad_coef, num_threads);
+  // increment_version(written) tells autograd; it must not fail. The other threads begin meanwhile.
+  void update(const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef, int num_threads,
+              const py::function& increment_version, const py::list& written) {
+    std::optional<py::error_already_set> interrupt;
+    std::optional<py::gil_scoped_release> unlocked;
+    const auto lead = [&] {
+      try {
+        increment_version(written);
+      } catch (py::error_already_set& error) {
+        interrupt.emplace(error);
+      }
+      unlocked.emplace();
+    };
+    cpu::update(table_, hyper, grad_coef, num_threads, lead);
+    unlocked.reset();
+    if (interrupt) throw *interrupt;
   }
 
   // Bytes it holds beyond the tensors themselves.
@@ -401,18 +402,35 @@ class Bucket {
     }
   };
 
-  // Whether all parameters and states are as planned. That is waiting for memory, mostly, so several threads do it.
-  bool unmoved(int num_threads) const {
-    const int64_t count = int64_t(planned_.size()), piece = 128;
-    std::atomic<bool> is_same{true};
-    cpu::Team team((count + piece - 1) / piece, reader.offset == 0 ? 1 : num_threads);
-    team.run(cpu::Order::forwards, [&](int64_t i) {
-      for (size_t k = size_t(i * piece); k < size_t(std::min(count, (i + 1) * piece)); ++k) {
-        prefetch_after(k);
-        if (!planned_[k].unmoved()) is_same = false;
+  // The part of refresh that needs the interpreter. False: not as planned, or a Python error is set.
+  bool refresh_grads() {
+    TensorInfo now;
+    num_active_ = 0;
+    held_.reserve(planned_.size());
+    for (const Planned& planned : planned_) {
+      const bool is_idle = planned.entry < 0;
+      PyObject* grad = grad_of(planned.param.object);
+      if (grad == nullptr) return false;
+      const bool is_active = grad != Py_None;
+      if (!is_active) {
+        Py_DECREF(grad);
+      } else {
+        held_.push_back(grad);
+        if (is_idle) return false;
       }
-    });
-    return is_same;
+      if (is_idle) continue;
+      Entry& entry = table_.entries[planned.entry];
+      entry.is_active = is_active;
+      if (!is_active) continue;
+      ++num_active_;
+      if (Py_TYPE(grad) != planned.grad_type || !describe(grad, now) || !planned.grad_layout->fits(now) ||
+          !planned.grad_layout->is_on_device_of(now))
+        return false;
+      if (now.data == nullptr && entry.numel > 0) return false;  // its storage was freed
+      if (planned.grad_may_be_negated && is_negated(grad)) return false;
+      entry.operands[Entry::grad].data = now.data;
+    }
+    return true;
   }
 
   void prefetch_after(size_t i) const {
@@ -498,7 +516,8 @@ PYBIND11_MODULE(_C, m) {
       .def("all_active", &Bucket::all_active)
       .def("grad_norm", &Bucket::grad_norm, py::arg("num_threads"))
       .def("first_nonfinite", &Bucket::first_nonfinite)
-      .def("update", &Bucket::update, py::arg("hyper"), py::arg("grad_coef"), py::arg("num_threads"))
+      .def("update", &Bucket::update, py::arg("hyper"), py::arg("grad_coef"), py::arg("num_threads"),
+           py::arg("increment_version"), py::arg("written"))
       .def("scratch_bytes", &Bucket::scratch_bytes);
 }
 

@@ -64,20 +64,15 @@ struct Batch {
 
 struct Table {
   static constexpr int64_t chunk_elements = 1 << 15;
-  // A batch: at least some 30 microseconds of work, and few enough of them that each is a long stretch, which memory reads
-  // fastest, but enough that a thread which falls behind is helped out.
-  static constexpr int64_t min_batch_elements = 1 << 16, max_batch_elements = 1 << 20, batches_per_thread = 8;
+  // A batch: more work than it takes to wake a thread, and few enough of them that each is a long stretch, which memory
+  // reads fastest, but enough that a thread which falls behind is helped out.
+  static constexpr int64_t min_batch_elements = 1 << 13, max_batch_elements = 1 << 20, batches_per_thread = 8;
+  static constexpr int64_t chunk_overhead = 32;  // what a chunk costs beside its elements, in elements
 
   std::vector<Entry> entries;
   std::vector<Chunk> chunks;
   std::vector<Batch> batches;
   std::vector<double> partial_sums;  // one per chunk
-
-  int64_t numel() const {
-    int64_t total = 0;
-    for (const Entry& entry : entries) total += entry.numel;
-    return total;
-  }
 
   void make_chunks() {
     chunks.clear();
@@ -94,7 +89,9 @@ struct Table {
   void make_batches(int num_threads) {
     if (num_threads == batches_are_for) return;
     const int64_t wanted = std::max(num_threads, 1) * batches_per_thread;
-    const int64_t batch_elements = std::clamp(numel() / wanted, min_batch_elements, max_batch_elements);
+    int64_t total = 0;
+    for (const Chunk& chunk : chunks) total += chunk.count + chunk_overhead;
+    const int64_t batch_elements = std::clamp(total / wanted, min_batch_elements, max_batch_elements);
     batches.clear();
     int64_t in_batch = batch_elements;
     for (size_t i = 0; i < chunks.size(); ++i) {
@@ -103,7 +100,7 @@ struct Table {
         in_batch = 0;
       }
       batches.back().end = int32_t(i) + 1;
-      in_batch += chunks[i].count;
+      in_batch += chunks[i].count + chunk_overhead;
     }
     batches_are_for = num_threads;
   }

@@ -779,12 +779,12 @@ def test_wrong_number_of_hyperparameters_is_refused_by_the_engine():
     train(optimizer, params, 1)
     table = optimizer._plan.buckets[0]._table
     table.refresh(1)
-    scalars = optimizer._plan.scalars
+    scalars, increment_version = optimizer._plan.scalars, torch.autograd.graph.increment_version
     for bad, coefs, kind in ((scalars[0][:-1], [1.0], ValueError), (scalars[0], [], IndexError)):
         with nothing_changes(optimizer), pytest.raises(kind):
-            table.update([bad], coefs, 1)
+            table.update([bad], coefs, 1, increment_version, params)
     with nothing_changes(optimizer), pytest.raises(IndexError):
-        table.update([], [1.0], 1)
+        table.update([], [1.0], 1, increment_version, params)
     table.release()
 
 

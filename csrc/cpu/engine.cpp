@@ -290,7 +290,7 @@ int64_t first_nonfinite(const Table& table) {
 }
 
 void update(Table& table, const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
-            int num_threads) {
+            int num_threads, const std::function<void()>& lead) {
   // First all that can fail, then all that writes.
   table.make_batches(num_threads);
   Team team(int64_t(table.batches.size()), num_threads);
@@ -320,14 +320,15 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
   }
 
   // Backwards, because the norm went forwards: the gradients it read last are still in the cache.
-  team.run(Order::backwards, [&](int64_t i) {
+  const auto update_batch = [&](int64_t i) {
     const Batch& batch = table.batches[i];
     for (int32_t c = batch.begin; c < batch.end; ++c) {
       const Chunk& chunk = table.chunks[c];
       const Entry& entry = table.entries[chunk.entry];
       if (entry.is_active) update_chunk(entry, functors[functor_of[chunk.entry]].bytes, chunk.begin, chunk.count);
     }
-  });
+  };
+  team.run(Order::backwards, update_batch, lead);
 }
 
 }  // namespace fusedopt::cpu

@@ -1,6 +1,7 @@
 // Runs any rule over a table of tensors in host memory.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -22,8 +23,9 @@ double grad_norm(Table& table, int num_threads);
 int64_t first_nonfinite(const Table& table);
 
 // Advances every active entry by one step. hyper[group] holds the rule's hyperparameters in the order of its
-// hyper_names; grad_coef[group] multiplies the gradients (sign, unscaling and clipping).
+// hyper_names; grad_coef[group] multiplies the gradients (sign, unscaling and clipping). The calling thread does `lead` while
+// the others begin.
 void update(Table& table, const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
-            int num_threads);
+            int num_threads, const std::function<void()>& lead);
 
 }  // namespace fusedopt::cpu

@@ -34,11 +34,12 @@ class Team {
     }
   }
 
-  // Calls body(i) once for each i.
-  template <class Body>
-  void run(Order order, const Body& body) {
+  // Calls body(i) once for each i. The calling thread calls lead() first, while the others begin.
+  template <class Body, class Lead = void (*)()>
+  void run(Order order, const Body& body, const Lead& lead = [] {}) {
     const size_t size = shares_.size();
     const auto work = [&](size_t thread) {
+      if (thread == 0) lead();
       for (size_t t = 0; t < size; ++t) {
         Share& share = shares_[(thread + t) % size];
         for (int64_t k = share.num_taken++; k < share.end - share.begin; k = share.num_taken++)

@@ -82,8 +82,9 @@ class Bucket:
         return self._table.first_nonfinite()
 
     def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
-        # Autograd must notice that a tensor it saved has changed. First, so that no error can come after the writing.
+        # Autograd must notice that a tensor it saved has changed.
         is_all = self._table.all_active()
         written = self._params if is_all else [self._params[i] for i in self._table.active()]
-        torch.autograd.graph.increment_version(written)
-        self._table.update(scalars, grad_coefs, torch.get_num_threads())
+        self._table.update(
+            scalars, grad_coefs, torch.get_num_threads(), torch.autograd.graph.increment_version, written
+        )
