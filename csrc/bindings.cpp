@@ -21,14 +21,28 @@ namespace {
 
 // ---- reading tensors -------------------------------------------------------------------------------------------
 
+// Complex tensors are described as what they are made of: real tensors with a last dimension of two.
 struct TensorInfo {
   char* data;
   int dtype;  // index into dtype_names; num_dtypes: none of them
+  bool is_complex;
   int32_t device_type, device_index;  // as torch numbers them; only compared
   int32_t ndim;
   const int64_t* shape;
   const int64_t* strides;
   std::vector<int64_t> owned;  // shape and strides where no one else holds them
+
+  // `shape` and `strides` may be `owned`.
+  void view_as_real() {
+    std::vector<int64_t> real(shape, shape + ndim);
+    real.push_back(2);
+    for (int32_t i = 0; i < ndim; ++i) real.push_back(2 * strides[i]);
+    real.push_back(1);
+    owned.swap(real);
+    ++ndim;
+    shape = owned.data();
+    strides = owned.data() + ndim;
+  }
 };
 
 PyTypeObject* tensor_type = nullptr;
@@ -57,6 +71,7 @@ struct Reader : torch_abi::Functions {
   size_t offset = 0;  // of the at::Tensor in its Python object; 0: not found, read Python attributes instead
   int32_t strided = 0;
   int32_t dtypes[num_dtypes] = {};
+  int32_t complex64 = 0, complex128 = 0;
 } reader;
 
 // A handle to a tensor's at::Tensor. Borrowed from the Python object, which may come to hold another (swap_tensors).
@@ -78,6 +93,8 @@ bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
   reader.dtypes[int(DType::float64)] = reader.dtype_float64();
   reader.dtypes[int(DType::bfloat16)] = reader.dtype_bfloat16();
   reader.dtypes[int(DType::float16)] = reader.dtype_float16();
+  reader.complex64 = reader.dtype_complex64();
+  reader.complex128 = reader.dtype_complex128();
   // An at::Tensor is one pointer. Where it lies in the Python object is torch's own business, so look for it: the first
   // thing in the object, or behind a flag (older versions).
   for (const size_t offset : {sizeof(PyObject), sizeof(PyObject) + sizeof(void*)}) {
@@ -93,7 +110,9 @@ bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
 
 // The same through Python attributes: slower, nothing else.
 void describe_by_attributes(py::handle tensor, TensorInfo& info) {
-  const std::string dtype = py::str(tensor.attr("dtype"));
+  std::string dtype = py::str(tensor.attr("dtype"));
+  info.is_complex = dtype == "torch.complex64" || dtype == "torch.complex128";
+  if (info.is_complex) dtype = dtype == "torch.complex64" ? "torch.float32" : "torch.float64";
   const py::object device = tensor.attr("device");
   info.dtype = int(std::find(dtype_names, dtype_names + num_dtypes, dtype.substr(strlen("torch."))) - dtype_names);
   info.device_type = py::str(device.attr("type")).cast<std::string>() == "cpu" ? 0 : 1;
@@ -106,6 +125,7 @@ void describe_by_attributes(py::handle tensor, TensorInfo& info) {
   info.shape = info.owned.data();
   info.strides = info.owned.data() + shape.size();
   info.data = reinterpret_cast<char*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  if (info.is_complex) info.view_as_real();
 }
 
 // All but the device, of a strided tensor. False, with no Python error set, for what cannot be described so.
@@ -126,10 +146,13 @@ bool describe_values(PyObject* tensor, TensorInfo& info) {
       reader.get_sizes(handle, &shape) || reader.get_strides(handle, &strides))
     return false;
   info.data = static_cast<char*>(data);
+  info.is_complex = dtype == reader.complex64 || dtype == reader.complex128;
+  if (info.is_complex) dtype = reader.dtypes[int(dtype == reader.complex64 ? DType::float32 : DType::float64)];
   info.dtype = int(std::find(reader.dtypes, reader.dtypes + num_dtypes, dtype) - reader.dtypes);
   info.ndim = int32_t(dim);
   info.shape = shape;
   info.strides = strides;
+  if (info.is_complex) info.view_as_real();
   return true;
 }
 
@@ -143,9 +166,10 @@ bool describe(PyObject* tensor, TensorInfo& info) {
          reader.get_device_index(handle, &info.device_index) == 0 && describe_values(tensor, info);
 }
 
-// Whether the values are minus what memory holds, which the stable ABI does not tell. Such tensors come out of complex ones
-// (`z.conj().imag`), so only those with gaps are worth the question.
-bool is_negated(PyObject* tensor) { return py::handle(tensor).attr("is_neg")().cast<bool>(); }
+// Whether memory holds something else than the values, minus them or their conjugates, which the stable ABI does not tell.
+bool is_lazy(PyObject* tensor) {
+  return py::handle(tensor).attr("is_neg")().cast<bool>() || py::handle(tensor).attr("is_conj")().cast<bool>();
+}
 
 // ---- the same objects? -----------------------------------------------------------------------------------------
 
@@ -194,21 +218,23 @@ class Watch {
 // a few of these, which keeps the check of a step inside the cache.
 struct Layout {
   int dtype;
+  bool is_complex;
   int32_t device_type, device_index;
   std::vector<int64_t> shape, strides;
 
   explicit Layout(const TensorInfo& info)
-      : dtype(info.dtype), device_type(info.device_type), device_index(info.device_index),
+      : dtype(info.dtype), is_complex(info.is_complex), device_type(info.device_type), device_index(info.device_index),
         shape(info.shape, info.shape + info.ndim), strides(info.strides, info.strides + info.ndim) {}
 
   bool operator==(const Layout& other) const {
-    return dtype == other.dtype && device_type == other.device_type && device_index == other.device_index &&
+    return dtype == other.dtype && is_complex == other.is_complex && device_type == other.device_type && device_index == other.device_index &&
            shape == other.shape && strides == other.strides;
   }
 
-  // Whether no dimension steps from one element to the next in memory.
-  bool has_gaps() const {
-    return !strides.empty() && std::find(strides.begin(), strides.end(), 1) == strides.end();
+  // Whether a tensor like this can be lazy: a complex one, or a real one that came out of a complex one (`z.conj().imag`),
+  // no dimension of which steps from one element to the next in memory.
+  bool may_be_lazy() const {
+    return is_complex || (!strides.empty() && std::find(strides.begin(), strides.end(), 1) == strides.end());
   }
 
   bool is_on_device_of(const TensorInfo& now) const {
@@ -217,7 +243,7 @@ struct Layout {
 
   // All but the device. Strides of dimensions of size 1 say nothing.
   bool fits(const TensorInfo& now) const {
-    if (size_t(now.ndim) != shape.size() || now.dtype != dtype) return false;
+    if (size_t(now.ndim) != shape.size() || now.dtype != dtype || now.is_complex != is_complex) return false;
     for (int32_t i = 0; i < now.ndim; ++i) {
       if (now.shape[i] != shape[i] || (now.shape[i] > 1 && now.strides[i] != strides[i])) return false;
     }
@@ -268,7 +294,7 @@ class Bucket {
     planned.param = remember(param);
     planned.grad_layout = grad.is_none() ? planned.param.layout : remember(grad).layout;
     planned.grad_type = grad.is_none() ? tensor_type : Py_TYPE(grad.ptr());
-    planned.grad_may_be_negated = planned.grad_layout->has_gaps();
+    planned.may_be_lazy = planned.grad_layout->may_be_lazy();
     planned.entry = int(table_.entries.size());
     Entry entry;
     entry.shape = planned.param.layout->shape;
@@ -382,7 +408,7 @@ class Bucket {
     Seen param;
     PyTypeObject* grad_type = nullptr;
     const Layout* grad_layout = nullptr;
-    bool grad_may_be_negated = false;
+    bool may_be_lazy = false;  // the gradient, and the parameter too where it is complex
     Seen written[max_states + 2];  // states, step count, extra
     int num_written = 0;
     int entry = -1;  // index into the table; -1: idle
@@ -427,7 +453,7 @@ class Bucket {
           !planned.grad_layout->is_on_device_of(now))
         return false;
       if (now.data == nullptr && entry.numel > 0) return false;  // its storage was freed
-      if (planned.grad_may_be_negated && is_negated(grad)) return false;
+      if (planned.may_be_lazy && (is_lazy(grad) || is_lazy(planned.param.object))) return false;
       entry.operands[Entry::grad].data = now.data;
     }
     return true;

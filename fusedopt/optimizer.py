@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from fusedopt import backends, clip
-from fusedopt.errors import UNCHANGED, name_param
-from fusedopt.plan import PARAM_DTYPES, Plan, state_dtype
+from fusedopt.errors import UNCHANGED, name_param, short_dtype
+from fusedopt.plan import PARAM_DTYPES, Plan, compute_dtype, state_dtype
 from fusedopt.rules import Rule, check_options
 
 
@@ -293,6 +293,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if value is not None and (not isinstance(value, torch.Tensor) or value.shape != param.shape):
                     shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                     yield f"{where}: state {state.name!r} has shape {shape}, the parameter {tuple(param.shape)}"
+                elif value is not None and value.is_complex() != param.is_complex():
+                    yield f"{where}: state {state.name!r} is {short_dtype(value)}, the parameter {short_dtype(param)}"
 
     def _loaded(self, param: torch.Tensor, name: str, value: Any) -> Any:
         """A copy of one saved value in the form that steps keep it in."""
@@ -300,6 +302,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             own = torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)
             return own.copy_(value)
         if name == "step" or name == self.rule.extra:
-            dtype = torch.float32 if name == "step" else state_dtype(param)
+            dtype = torch.float32 if name == "step" else compute_dtype(param)
             return torch.tensor(float(value), dtype=dtype, device="cpu")
         return value.detach().clone() if isinstance(value, torch.Tensor) else deepcopy(value)

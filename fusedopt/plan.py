@@ -17,17 +17,25 @@ from fusedopt import _C, backends
 from fusedopt.errors import UNCHANGED, name_param, short_dtype
 from fusedopt.rules import Rule, check_options
 
-PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+
+
+def compute_dtype(param: torch.Tensor) -> torch.dtype:
+    """What a parameter is computed in: float64 for float64 and complex128, float32 for everything narrower."""
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def state_dtype(param: torch.Tensor) -> torch.dtype:
-    """What a parameter is computed and its states are kept in: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
+    """What a parameter's states are kept in: the dtype it is computed in, or the complex one made of two of these."""
+    return param.dtype if param.is_complex() else compute_dtype(param)
 
 
 def grad_dtypes(param: torch.Tensor) -> tuple[torch.dtype, ...]:
     """The gradient dtypes a parameter takes: its own, and those that convert to the type it is computed in."""
-    return PARAM_DTYPES if param.dtype == torch.float64 else (torch.float32, torch.bfloat16, torch.float16)
+    if param.is_complex():
+        return (param.dtype,)
+    real = (torch.float32, torch.bfloat16, torch.float16)
+    return (*real, torch.float64) if param.dtype == torch.float64 else real
 
 
 @dataclass(slots=True)
@@ -56,7 +64,7 @@ class Entry:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return state_dtype(self.param)
+        return compute_dtype(self.param)
 
     def __str__(self) -> str:
         return name_param(self.group, self.index, self.name, self.param)
@@ -235,8 +243,9 @@ class Plan:
             self._fail(RuntimeError, entry, f"{what} is on the meta device, it has no values")
         if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             self._fail(TypeError, entry, f"{what} is a {type(tensor).__name__}; this tensor subclass is not supported")
-        if tensor.is_neg():
-            self._fail(RuntimeError, entry, f"{what} is a lazy negative view; call resolve_neg() on it")
+        for is_lazy, kind, remedy in ((tensor.is_neg(), "negative", "neg"), (tensor.is_conj(), "conjugate", "conj")):
+            if is_lazy:
+                self._fail(RuntimeError, entry, f"{what} is a lazy {kind} view; call resolve_{remedy}() on it")
         if tensor.dim() > _C.max_dims:
             self._fail(
                 RuntimeError, entry, f"{what} has {tensor.dim()} dimensions; at most {_C.max_dims} are supported"
@@ -304,7 +313,7 @@ class Plan:
             scalars[rule.extra] = 1.0
         for name, initial in scalars.items():
             # As torch: a plain 0-d float32 on the host; what multiplies up over the run, in the states' dtype.
-            dtype = torch.float32 if name == "step" else state_dtype(param)
+            dtype = torch.float32 if name == "step" else compute_dtype(param)
             value = known.get(name)
             if isinstance(value, torch.Tensor):
                 self._check_plain(entry, value, f"state {name!r}")
@@ -317,7 +326,8 @@ class Plan:
             if value is None:
                 value = torch.zeros_like(param, dtype=state_dtype(param), requires_grad=False)
                 if kept.initial is not None:
-                    value.fill_(float(group[kept.initial]))
+                    initial = float(group[kept.initial])
+                    value.fill_(complex(initial, initial) if value.is_complex() else initial)
                 made[kept.name] = value
             self._check_state(entry, kept.name, value)
             entry.states[i] = value
