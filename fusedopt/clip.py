@@ -20,6 +20,7 @@ from torch.utils.weak import TensorWeakRef
 
 from fusedopt.errors import UNCHANGED
 from fusedopt.plan import Plan, combine_norms
+from fusedopt.rules import number
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
@@ -31,11 +32,11 @@ def check_max_norm(name: str, max_norm: float | None) -> float | None:
     """The limit as a float; None stays None.
 
     Raises:
-        ValueError: negative or NaN.
+        ValueError: negative, NaN or not a number.
     """
     if max_norm is None:
         return None
-    value = float(max_norm)
+    value = number(name, max_norm)
     if not value >= 0:
         raise ValueError(f"{name} must be >= 0 (inf: compute the norm, do not clip), got {max_norm}")
     return value

@@ -15,7 +15,7 @@ import torch
 
 from fusedopt import _C, backends
 from fusedopt.errors import UNCHANGED, name_param, short_dtype
-from fusedopt.rules import Rule, check_options
+from fusedopt.rules import Rule, check_options, flag
 
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
@@ -133,7 +133,7 @@ class Plan:
         known = list(self._options)  # replaced only when all groups are valid: a refusal must not lose a change
         for index, group in enumerate(param_groups):
             try:
-                options = (self.rule.scalars(group), bool(group["maximize"]), self.rule.variant(group))
+                options = (self.rule.scalars(group), flag("maximize", group["maximize"]), self.rule.variant(group))
                 if options == known[index] and not group.get("differentiable"):
                     continue
                 check_options(self.rule, group)
