@@ -231,6 +231,13 @@ struct Layout {
            shape == other.shape && strides == other.strides;
   }
 
+  // Bytes from the first element's address to behind the last one's.
+  int64_t extent() const {
+    int64_t last = 0;
+    for (size_t i = 0; i < shape.size(); ++i) last += strides[i] * (shape[i] - 1);
+    return std::find(shape.begin(), shape.end(), 0) == shape.end() ? (last + 1) * itemsize(DType(dtype)) : 0;
+  }
+
   // Whether a tensor like this can be lazy: a complex one, or a real one that came out of a complex one (`z.conj().imag`),
   // no dimension of which steps from one element to the next in memory.
   bool may_be_lazy() const {
@@ -292,7 +299,13 @@ class Bucket {
            const py::object& extra, int rule, int group, bool is_strided) {
     Planned planned;
     planned.param = remember(param);
-    planned.grad_layout = grad.is_none() ? planned.param.layout : remember(grad).layout;
+    planned.grad_layout = planned.param.layout;
+    char* grad_data = nullptr;
+    if (!grad.is_none()) {
+      const Seen seen = remember(grad);
+      planned.grad_layout = seen.layout;
+      grad_data = seen.data;
+    }
     planned.grad_type = grad.is_none() ? tensor_type : Py_TYPE(grad.ptr());
     planned.may_be_lazy = planned.grad_layout->may_be_lazy();
     planned.entry = int(table_.entries.size());
@@ -303,7 +316,7 @@ class Bucket {
     entry.rule = rule;
     entry.group = group;
     entry.operands[Entry::param] = operand(planned.param.data, *planned.param.layout, is_strided);
-    entry.operands[Entry::grad] = operand(nullptr, *planned.grad_layout, is_strided);
+    entry.operands[Entry::grad] = operand(grad_data, *planned.grad_layout, is_strided);
     for (size_t i = 0; i < states.size(); ++i) {
       if (states[i].is_none()) continue;
       const Seen& state = planned.written[planned.num_written++] = remember(states[i]);
@@ -320,7 +333,26 @@ class Bucket {
     planned_.push_back(planned);
   }
 
-  void finish() { table_.make_chunks(); }
+  void finish() {
+    table_.make_chunks();
+    for (const Planned& planned : planned_) {
+      if (planned.entry < 0) continue;
+      planned.for_each([this](const Seen& tensor) {
+        const int64_t extent = tensor.layout->extent();
+        if (extent > 0) written_.push_back({tensor.data, tensor.data + extent});
+      });
+    }
+    std::sort(written_.begin(), written_.end());
+    size_t last = 0;  // views woven into each other become one stretch
+    for (size_t i = 1; i < written_.size(); ++i) {
+      if (written_[i].first < written_[last].second) {
+        written_[last].second = std::max(written_[last].second, written_[i].second);
+      } else {
+        written_[++last] = written_[i];
+      }
+    }
+    if (!written_.empty()) written_.resize(last + 1);
+  }
 
   // Reads every parameter's, state's and gradient's address again. False: something is not as planned, make a new plan.
   // Holds on to the gradients it saw until release(). It is waiting for memory, mostly, so several threads do it.
@@ -335,7 +367,7 @@ class Bucket {
         [&](int64_t i) {
           for (size_t k = size_t(i * piece); k < size_t(std::min(count, (i + 1) * piece)); ++k) {
             prefetch_after(k);
-            if (!planned_[k].unmoved()) is_same = false;
+            if (!planned_[k].unmoved() || !counts_up(planned_[k])) is_same = false;
           }
         },
         [&] { are_grads_same = refresh_grads(); });
@@ -397,7 +429,8 @@ class Bucket {
   // Bytes it holds beyond the tensors themselves.
   size_t scratch_bytes() const {
     return table_.entries.size() * sizeof(Entry) + table_.chunks.size() * (sizeof(Chunk) + sizeof(double)) +
-           table_.batches.size() * sizeof(Batch) + planned_.size() * sizeof(Planned);
+           table_.batches.size() * sizeof(Batch) + planned_.size() * sizeof(Planned) +
+           written_.size() * sizeof(written_[0]);
   }
 
  private:
@@ -428,6 +461,20 @@ class Bucket {
     }
   };
 
+  // Whether an update may write between these addresses.
+  bool is_written(const char* data, int64_t extent) const {
+    const auto after = std::upper_bound(written_.begin(), written_.end(), data + extent - 1,
+                                        [](const char* address, const auto& stretch) { return address < stretch.first; });
+    return after != written_.begin() && std::prev(after)->second > data && extent > 0;
+  }
+
+  // Whether a parameter's step count, and the other scalar that it may keep, are numbers >= 0.
+  bool counts_up(const Planned& planned) const {
+    if (planned.entry < 0) return true;
+    const Entry& entry = table_.entries[planned.entry];
+    return *entry.step >= 0 && entry.read_extra() >= 0;
+  }
+
   // The part of refresh that needs the interpreter. False: not as planned, or a Python error is set.
   bool refresh_grads() {
     TensorInfo now;
@@ -454,7 +501,9 @@ class Bucket {
         return false;
       if (now.data == nullptr && entry.numel > 0) return false;  // its storage was freed
       if (planned.may_be_lazy && (is_lazy(grad) || is_lazy(planned.param.object))) return false;
-      entry.operands[Entry::grad].data = now.data;
+      char*& planned_data = entry.operands[Entry::grad].data;
+      if (now.data != planned_data && is_written(now.data, planned.grad_layout->extent())) return false;
+      planned_data = now.data;
     }
     return true;
   }
@@ -484,6 +533,7 @@ class Bucket {
   std::deque<Layout> layouts_;  // stay where they are as more come
   Table table_;
   std::vector<Planned> planned_;
+  std::vector<std::pair<char*, char*>> written_;  // where parameters and states lie: sorted, apart; [begin, end)
   std::vector<PyObject*> held_;
   size_t num_active_ = 0;
 };

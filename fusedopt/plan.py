@@ -7,8 +7,9 @@ plan still holds (`Plan.refresh`): the same objects, at the same addresses, with
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,6 +69,22 @@ class Entry:
 
     def __str__(self) -> str:
         return name_param(self.group, self.index, self.name, self.param)
+
+
+@dataclass(slots=True)
+class _Span:
+    """A tensor of a plan and the addresses between which its elements lie."""
+
+    entry: Entry
+    tensor: torch.Tensor
+    what: str
+    device: str = field(init=False)
+    begin: int = field(init=False)
+    end: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device, self.begin = str(self.tensor.device), self.tensor.data_ptr()
+        self.end = self.begin + _extent(self.tensor) * self.tensor.element_size()
 
 
 class Plan:
@@ -258,41 +275,62 @@ class Plan:
             self._fail(RuntimeError, entry, f"{what} has lost its memory: {held} bytes are left of its storage")
 
     def _check_overlap(self, entries: list[Entry]) -> None:
-        """Two parameters over the same memory would race."""
-        entries = [entry for entry in entries if entry.param.numel() > 0]
-        entries.sort(key=lambda entry: (str(entry.param.device), entry.param.data_ptr()))
-        cluster, end = [], 0  # neighbours, each of which begins before the ones so far end
-        for entry in entries:
-            param = entry.param
-            if cluster and (param.device != cluster[0].param.device or param.data_ptr() >= end):
-                self._check_cluster(cluster)
-                cluster = []
-            end = max(end if cluster else 0, param.data_ptr() + _extent(param) * param.element_size())
-            cluster.append(entry)
-        self._check_cluster(cluster)
+        """What a step writes lies apart, from each other and from what it reads: else elements would race.
 
-    def _check_cluster(self, cluster: list[Entry]) -> None:
-        """The same for parameters whose stretches of memory overlap, but perhaps not their elements: byte by byte."""
-        if len(cluster) < 2:
+        A gradient may be the very memory of its own parameter: each element is then read before it is written.
+        """
+        written = []
+        for entry in entries:
+            names = ["parameter", *(f"state {state.name!r}" for state in self.rule.states), "state 'step'"]
+            tensors = zip((entry.param, *entry.written), (*names, f"state {self.rule.extra!r}"), strict=True)
+            written += [_Span(entry, tensor, what) for tensor, what in tensors if tensor is not None and tensor.numel()]
+        written.sort(key=lambda span: (span.device, span.begin))
+        clusters: list[list[_Span]] = []  # of neighbours, each of which begins before the ones so far end
+        end = 0
+        for span in written:
+            if not clusters or span.device != clusters[-1][0].device or span.begin >= end:
+                clusters.append([])
+                end = 0
+            clusters[-1].append(span)
+            end = max(end, span.end)
+        for cluster in clusters:
+            self._check_apart(cluster)
+        starts = [(cluster[0].device, cluster[0].begin) for cluster in clusters]
+        for entry in entries:
+            grad = entry.param.grad
+            if grad is None or grad.numel() == 0 or _is_same_memory(grad, entry.param):
+                continue
+            span = _Span(entry, grad, "gradient")
+            for cluster in clusters[max(bisect_right(starts, (span.device, span.begin)) - 1, 0) :]:
+                if (cluster[0].device, cluster[0].begin) >= (span.device, span.end):
+                    break
+                if cluster[0].device == span.device and max(other.end for other in cluster) > span.begin:
+                    self._check_apart([*cluster, span])
+
+    def _check_apart(self, spans: list[_Span]) -> None:
+        """Stretches of memory that overlap may still have no element in common."""
+        dense = sorted((span for span in spans if _is_dense(span.tensor)), key=lambda span: span.begin)
+        for span, other in zip(dense[1:], dense, strict=False):  # the usual case, without a map
+            if span.begin < other.end:
+                self._fail_apart(span, other)
+        if len(spans) < 2:
             return
-        begin = cluster[0].param.data_ptr()
-        stretches = [(e.param.data_ptr() - begin, _extent(e.param) * e.param.element_size()) for e in cluster]
-        dense_end, dense = 0, None
-        for entry, (offset, length) in zip(cluster, stretches, strict=True):  # the usual case, without a map
-            if _is_dense(entry.param):
-                if offset < dense_end:
-                    self._fail(ValueError, entry, f"shares memory with {dense}; give the optimizer one of them")
-                dense_end, dense = offset + length, entry
-        size = max(offset + length for offset, length in stretches)
-        owner = torch.full((size,), -1, dtype=torch.int32, device="cpu")  # index of the parameter a byte belongs to
-        for i, (entry, (offset, _)) in enumerate(zip(cluster, stretches, strict=True)):
-            param, width = entry.param, entry.param.element_size()
-            strides = (*(stride * width for stride in param.stride()), 1)
-            own = owner.as_strided((*param.shape, width), strides, offset)
+        begin = min(span.begin for span in spans)
+        owner = torch.full((max(span.end for span in spans) - begin,), -1, dtype=torch.int32, device="cpu")
+        for i, span in enumerate(spans):  # owner: index of the span that a byte belongs to
+            width = span.tensor.element_size()
+            strides = (*(stride * width for stride in span.tensor.stride()), 1)
+            own = owner.as_strided((*span.tensor.shape, width), strides, span.begin - begin)
             other = int(own.max())
             if other >= 0:
-                self._fail(ValueError, entry, f"shares memory with {cluster[other]}; give the optimizer one of them")
+                self._fail_apart(span, spans[other])
             own.fill_(i)
+
+    def _fail_apart(self, span: _Span, other: _Span) -> None:
+        if other.what == "gradient":
+            span, other = other, span
+        owner = "" if span.entry is other.entry else f" of {other.entry}"
+        self._fail(ValueError, span.entry, f"{span.what} shares memory with {other.what}{owner}; they must lie apart")
 
     def _attach_state(self, entry: Entry, group: Mapping[str, Any], state: dict[torch.Tensor, dict[str, Any]]) -> None:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
@@ -317,6 +355,8 @@ class Plan:
             value = known.get(name)
             if isinstance(value, torch.Tensor):
                 self._check_plain(entry, value, f"state {name!r}")
+            if value is not None and not float(value) >= 0:
+                self._fail(ValueError, entry, f"state {name!r} is {float(value)}")
             if not _is_scalar_of(value, dtype):
                 made[name] = torch.tensor(initial if value is None else float(value), dtype=dtype, device="cpu")
         for i, kept in enumerate(stored):
@@ -394,6 +434,11 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 def _extent(tensor: torch.Tensor) -> int:
     """How many elements of memory lie between its first element and its last, both included; 1 or more."""
     return 1 + sum(stride * (size - 1) for stride, size in _dims(tensor))
+
+
+def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have every element in the same place."""
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and _same_strides(a, b)
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
