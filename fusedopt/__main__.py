@@ -16,7 +16,9 @@ def doctor() -> None:
     if _C:
         isas = ", ".join(name + (" (used)" if name == _C.isa() else "") for name in _C.available_isas())
         threads = "OpenMP" if _C.has_openmp else "plain threads (built without OpenMP)"
-        reading = "torch's C ABI" if cpu.reads_by_abi else "Python attributes (slower: this torch's C ABI lacks something)"
+        reading = (
+            "torch's C ABI" if cpu.reads_by_abi else "Python attributes (slower: this torch's C ABI lacks something)"
+        )
         kernels = f"{isas}; {threads}; tensors read through {reading}"
     print(
         f"fusedopt     {fusedopt.__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"

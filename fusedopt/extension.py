@@ -27,7 +27,9 @@ def _load() -> tuple[Any, str | None]:
         if any(name.removeprefix("_C") in EXTENSION_SUFFIXES for name in found):
             reason = f"the C++ extension does not load: {' '.join(str(error).split())}"
         elif found:
-            reason = f"the C++ extension was built for another Python: {', '.join(found)}, not _C{EXTENSION_SUFFIXES[0]}"
+            reason = (
+                f"the C++ extension was built for another Python: {', '.join(found)}, not _C{EXTENSION_SUFFIXES[0]}"
+            )
         else:
             reason = "the C++ extension was not built"
     else:

@@ -71,7 +71,9 @@ def test_group_with_default_options_is_torchs(spec):
     def group(cls):
         return {name: value for name, value in cls(make_params()).param_groups[0].items() if name != "params"}
 
-    newer = {"decoupled_weight_decay"} - set(group(torch.optim.Adam)) if spec.rule.name == "adam" else set()  # than torch 2.6
+    newer = (
+        {"decoupled_weight_decay"} - set(group(torch.optim.Adam)) if spec.rule.name == "adam" else set()
+    )  # than torch 2.6
     for ours, theirs in (
         (group(spec.cls), group(spec.twin)),
         (spec.cls(make_params()).defaults, spec.twin(make_params()).defaults),

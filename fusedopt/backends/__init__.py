@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
 from types import ModuleType
 
@@ -71,4 +72,7 @@ def warn_of_fallback(device_type: str) -> None:
     reasons = [f"not {name!r}: {reason}" for name, reason in passed_over.items() if BACKENDS[name].supports(device)]
     if picked == "reference" and reasons:
         message = f"fusedopt updates parameters on {device_type} by its slow backend 'reference'; {'; '.join(reasons)}"
-        warnings.warn(message, stacklevel=4)  # here, the base class, the class, its caller
+        level, frame = 1, sys._getframe()
+        while frame is not None and frame.f_globals.get("__name__", "").startswith("fusedopt."):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(message, stacklevel=level)
