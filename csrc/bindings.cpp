@@ -556,6 +556,7 @@ py::dict rule_table() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("interface") = FUSEDOPT_INTERFACE;
   m.attr("rules") = rule_table();
   py::list dtypes;
   for (const char* name : dtype_names) dtypes.append(name);

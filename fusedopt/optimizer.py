@@ -50,11 +50,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{type(self).__name__} does not support differentiable=True; use torch.optim for it")
         self._clip = clip.Clip(max_grad_norm, nonfinite)
         self._backend = backend
-        backends.resolve(backend)
+        resolved = backends.resolve(backend)
         self._plan: Plan | None = None
         self._in_step: dict[int, int] = {}  # process -> the thread that is in a step
         changed = {name: value for name, value in own_options.items() if value != self.rule.own_options[name]}
         super().__init__(params, {**defaults, **changed})
+        if resolved == "auto":
+            for kind in {param.device.type for group in self.param_groups for param in group["params"]}:
+                backends.warn_of_fallback(kind)
 
     # ---- groups ------------------------------------------------------------------------------------------------
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from fusedopt import _C, backends
+from fusedopt import backends
 from fusedopt.errors import UNCHANGED, name_param, short_dtype
+from fusedopt.extension import _C
 from fusedopt.rules import Rule, check_options, flag
 
+MAX_DIMS = 64  # of torch's reductions and of the C++ table
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
 
@@ -122,7 +124,8 @@ class Plan:
             self.buckets = []
             for device, module in chosen.items():
                 self.buckets.append(module.Bucket(rule, [entry for entry in entries if entry.param.device == device]))
-            self._watch = _C.Watch(param_groups, state)
+            # None: then every bucket is the reference's, which is good for one step.
+            self._watch = _C.Watch(param_groups, state) if _C else None
             # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
             self._pinned = (
                 [[group["params"], *group["params"]] for group in param_groups],
@@ -139,7 +142,7 @@ class Plan:
         """Reads hyperparameters and gradient addresses of this step. False: make a new plan; nothing was changed."""
         return (
             len(param_groups) == len(self._options)
-            and self._watch.unchanged(param_groups, state)
+            and (self._watch is None or self._watch.unchanged(param_groups, state))
             and self._read_options(param_groups)
             and all([bucket.refresh() for bucket in self.buckets])  # noqa: C419  each must read its gradients
         )
@@ -263,10 +266,8 @@ class Plan:
         for is_lazy, kind, remedy in ((tensor.is_neg(), "negative", "neg"), (tensor.is_conj(), "conjugate", "conj")):
             if is_lazy:
                 self._fail(RuntimeError, entry, f"{what} is a lazy {kind} view; call resolve_{remedy}() on it")
-        if tensor.dim() > _C.max_dims:
-            self._fail(
-                RuntimeError, entry, f"{what} has {tensor.dim()} dimensions; at most {_C.max_dims} are supported"
-            )
+        if tensor.dim() + tensor.is_complex() > MAX_DIMS:  # the table has a complex tensor as pairs
+            self._fail(RuntimeError, entry, f"{what} has {tensor.dim()} dimensions; at most {MAX_DIMS} are supported")
         try:
             held = tensor.untyped_storage().nbytes()
         except (RuntimeError, NotImplementedError):
