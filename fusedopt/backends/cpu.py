@@ -20,7 +20,9 @@ def _use_torch() -> bool:
     """Lets the extension read tensors through torch's stable C ABI. False: it reads Python attributes instead, slowly."""
     try:
         library = ctypes.CDLL(torch._C.__file__)  # loaded already; a symbol is looked for in what it links to as well
-        functions = [ctypes.cast(getattr(library, name, None), ctypes.c_void_p).value or 0 for name in _C.torch_functions]
+        functions = [
+            ctypes.cast(getattr(library, name, None), ctypes.c_void_p).value or 0 for name in _C.torch_functions
+        ]
     except OSError:
         functions = []
     tensors = [torch.empty(3), torch.nn.Parameter(torch.empty(2, 2)), torch.empty((), dtype=torch.float64)]
