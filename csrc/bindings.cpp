@@ -77,8 +77,9 @@ struct Reader : torch_abi::Functions {
 // A handle to a tensor's at::Tensor. Borrowed from the Python object, which may come to hold another (swap_tensors).
 torch_abi::Handle handle_of(PyObject* tensor) { return reinterpret_cast<char*>(tensor) + reader.offset; }
 
-// Called at import: with torch.Tensor, the address of each of torch_functions (or none at all), and some tensors with the
-// address of what their at::Tensor points to. Returns whether the fast way of reading can be used.
+// Called at import: with torch.Tensor, the address of each of torch_functions (0 where this torch has none; or no addresses
+// at all), and some tensors with the address of what their at::Tensor points to. Returns whether the fast way of reading
+// can be used.
 bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
                const std::vector<std::pair<py::object, uintptr_t>>& known) {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
@@ -88,6 +89,8 @@ bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
 #define FO_TAKE(name, type) reader.name = reinterpret_cast<decltype(reader.name)>(functions.at(i++));
   FO_TORCH_FUNCTIONS(FO_TAKE)
 #undef FO_TAKE
+  const size_t num_missing = std::count(functions.begin(), functions.end(), uintptr_t(0));
+  if (num_missing > size_t(reader.get_layout == nullptr)) return false;  // `describe` can do without that one
   reader.strided = reader.layout_strided();
   reader.dtypes[int(DType::float32)] = reader.dtype_float32();
   reader.dtypes[int(DType::float64)] = reader.dtype_float64();
@@ -156,12 +159,13 @@ bool describe_values(PyObject* tensor, TensorInfo& info) {
   return true;
 }
 
-// False as well for sparse tensors. `tensor` must be a torch.Tensor.
+// False as well for sparse tensors: by their layout, or in torch 2.6, whose ABI does not tell it, because they have no strides
+// and no address. `tensor` must be a torch.Tensor.
 bool describe(PyObject* tensor, TensorInfo& info) {
   if (reader.offset == 0) return describe_values(tensor, info);
   const torch_abi::Handle handle = handle_of(tensor);
   int32_t layout;
-  return reader.get_layout(handle, &layout) == 0 && layout == reader.strided &&
+  return (reader.get_layout == nullptr || (reader.get_layout(handle, &layout) == 0 && layout == reader.strided)) &&
          reader.get_device_type(handle, &info.device_type) == 0 &&
          reader.get_device_index(handle, &info.device_index) == 0 && describe_values(tensor, info);
 }

@@ -12,7 +12,7 @@ max_dims: int
 has_openmp: bool
 
 torch_functions: list[str]
-"""Names of the functions of torch's C ABI that `use_torch` wants the addresses of, in order."""
+"""Names of the functions of torch's C ABI that `use_torch` wants the addresses of (0: it has none), in order."""
 
 def use_torch(tensor: type, functions: list[int], known: list[tuple[torch.Tensor, int]]) -> bool: ...
 def available_isas() -> list[str]: ...

@@ -1,6 +1,7 @@
 """The build's switches, and the choice of instruction set at run time."""
 
 import os
+import platform
 import subprocess
 import sys
 import zipfile
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, random_grads, random_params
+from cases import CASES, DTYPES, can_mix_dtypes, random_grads, random_params, set_grad
 
 from fusedopt import _C
 from fusedopt.backends import cuda
@@ -197,27 +198,52 @@ def test_unavailable_instruction_set_is_refused_with_the_ones_there_are():
 @pytest.mark.parametrize("isa", _C.available_isas()[1:])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_instruction_set_gives_the_same_bits(case, isa):
-    """Odd sizes, so that what is body for one is tail for another; clipped, so that the norm is part of it."""
-    sizes = (1021, 33, 7, 32771)
+    """Odd sizes, so that what is body for one is tail for another; clipped, so that the norm is part of it.
 
-    def train(name, dtype):
+    In memory order, and where the gradient's strides differ, or both have gaps, through tiles gathered by index.
+    """
+    layouts = {
+        "dense": (lambda flat: flat, lambda flat: flat),
+        "transposed": (lambda flat: flat[:-1].unflatten(0, (-1, 2)), lambda flat: flat[:-1].view(2, -1).t()),
+        "gaps": (lambda flat: flat[::2], lambda flat: flat[::2]),
+    }
+
+    def train(name, dtypes, layout, sizes):
         assert _C.set_isa(name)
-        params = random_params(sizes, dtype)
+        of_param, of_grad = layouts[layout]
+        flats = random_params(sizes, dtypes[0])
+        params = [torch.nn.Parameter(of_param(flat.detach())) for flat in flats]
         optimizer = case.make(params, max_grad_norm=10.0)
         for step in range(3):
-            for param, grad in zip(params, random_grads(sizes, dtype, step), strict=True):
-                param.grad = grad
+            for param, flat in zip(params, random_grads(sizes, dtypes[1], step), strict=True):
+                set_grad(param, of_grad(flat))
             optimizer.step()
-        return torch.cat(params).detach(), optimizer.grad_norm
+        states = [
+            value.flatten().double()
+            for state in optimizer.state.values()
+            for value in state.values()
+            if value.dim() > 0
+        ]
+        return [torch.cat(flats).detach(), torch.cat(states) if states else None, optimizer.grad_norm]
 
     widest = _C.available_isas()[0]
+    same = [(dtype, dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)]
+    several_chunks, short = (1021, 33, 7, 32771), (523, 33, 7)
+    runs = [(dtypes, "dense", several_chunks) for dtypes in same]
+    runs += [(dtypes, "dense", short) for dtypes in DTYPES if dtypes[0] != dtypes[1] and can_mix_dtypes()]
+    runs += [(dtypes, layout, short) for dtypes in same for layout in ("transposed", "gaps")]
     try:
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            params, norm = train(widest, dtype)
-            other_params, other_norm = train(isa, dtype)
-            assert torch.equal(params, other_params) and torch.equal(norm, other_norm), dtype
+        for train_args in runs:
+            for ours, others in zip(train(widest, *train_args), train(isa, *train_args), strict=True):
+                assert ours is others is None or torch.equal(ours, others), train_args
     finally:
         _C.set_isa(widest)
+
+
+def test_bits_are_compared_on_more_than_one_instruction_set():
+    """What a machine without AVX2 would use runs everywhere, so it is always among those compared."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert _C.available_isas()[-1] == "x86_64_v2"
 
 
 def test_doctor_says_what_is_used_and_why():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import CASES
 from helpers import (
+    ADAM_HAS_DECOUPLED,
     DTYPES,
     SPECS,
     assert_close,
@@ -18,6 +19,7 @@ from helpers import (
     clone_params,
     every_class,
     every_twin,
+    known_to_torch,
     make_params,
     nothing_changes,
     randn,
@@ -101,7 +103,7 @@ def test_checkpoint_of_default_options_has_torchs_keys(spec):
     train(twin, other, 2)
     a, b = optimizer.state_dict(), twin.state_dict()
     assert a.keys() == b.keys()
-    assert a["param_groups"] == b["param_groups"]
+    assert [*map(known_to_torch, a["param_groups"])] == [*map(known_to_torch, b["param_groups"])]
     assert {index: {*state} for index, state in a["state"].items()} == {
         index: {*state} for index, state in b["state"].items()
     }
@@ -289,12 +291,13 @@ def test_adamw_that_loads_adams_checkpoint_stays_decoupled(source):
     adam = source(params, lr=0.01, weight_decay=0.125)
     train(adam, params, 3)
     checkpoint = saved(adam)
-    assert checkpoint["param_groups"][0]["decoupled_weight_decay"] is False
+    assert not checkpoint["param_groups"][0].get("decoupled_weight_decay")
     results = []
     for cls in (fusedopt.AdamW, torch.optim.AdamW):
         optimizer = cls(clone_params(params), lr=0.5)
         optimizer.load_state_dict(checkpoint)
-        assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
+        if ADAM_HAS_DECOUPLED or cls is fusedopt.AdamW:
+            assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
         train(optimizer, optimizer.param_groups[0]["params"], 3, 3)
         results.append(optimizer)
     assert_same_run(*results, 1e-12)

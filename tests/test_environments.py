@@ -181,9 +181,8 @@ def test_plan_and_engine_take_the_same_number_of_dimensions():
 
 
 def test_fast_way_of_reading_tensors_is_found():
-    """Python attributes serve as well, only slower, which would go unnoticed. torch 2.6 has no aoti_torch_get_layout."""
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    assert cpu.reads_by_abi or version < (2, 13)
+    """Python attributes serve as well, only slower, which would go unnoticed."""
+    assert cpu.reads_by_abi
 
 
 # ---- triton --------------------------------------------------------------------------------------------------------

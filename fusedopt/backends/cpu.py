@@ -20,8 +20,10 @@ def _use_torch() -> bool:
     """Lets the extension read tensors through torch's stable C ABI. False: it reads Python attributes instead, slowly."""
     try:
         library = ctypes.CDLL(torch._C.__file__)  # loaded already; a symbol is looked for in what it links to as well
-        functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in _C.torch_functions]
-    except (AttributeError, OSError):
+        functions = [
+            ctypes.cast(getattr(library, name, None), ctypes.c_void_p).value or 0 for name in _C.torch_functions
+        ]
+    except OSError:
         functions = []
     tensors = [torch.empty(3), torch.nn.Parameter(torch.empty(2, 2)), torch.empty((), dtype=torch.float64)]
     return _C.use_torch(torch.Tensor, functions, [(tensor, tensor._cdata) for tensor in tensors])
