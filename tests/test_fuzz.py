@@ -336,6 +336,10 @@ class Loop:
         for g, (group, expected) in enumerate(zip(optimizer.param_groups, self.groups, strict=True)):
             assert {name: value for name, value in group.items() if name != "params"} == expected
             assert all(self.tracked[id(param)].group == g for param in group["params"])
+        self.check_tensors()
+
+    def check_tensors(self) -> None:
+        optimizer = self.optimizer
         assert set(map(id, optimizer.state)) <= self.tracked.keys()
         for tracked in self.tracked.values():
             param = tracked.param
@@ -710,7 +714,23 @@ def test_access_beside_a_tensor_is_fatal(at_end):
 
 # ---- whole lives -------------------------------------------------------------------------------------------------
 
-SMALL_SHAPES = ((3,), (), (0,), (1, 1), (7,), (4, 3), (2, 3, 2), (33,), (257,), (1, 2, 3, 2), (20001,))
+# Mostly small; the last one is work for a second thread.
+SMALL_SHAPES = (
+    (3,),
+    (),
+    (0,),
+    (1, 1),
+    (7,),
+    (9,),
+    (4, 3),
+    (5, 1),
+    (2, 3, 2),
+    (33,),
+    (65,),
+    (257,),
+    (1, 2, 3, 2),
+    (9001,),
+)
 small_params = st.builds(lambda param, shape: replace(param, shape=shape), params, st.sampled_from(SMALL_SHAPES))
 small_groups = st.lists(small_params, min_size=1, max_size=3)
 class_options = st.runner().flatmap(lambda life: life.options)
@@ -799,8 +819,19 @@ class Life(RuleBasedStateMachine):
                 self.loop.set_grad(param, torch.zeros_like(param.grad))
         self.optimizer.zero_grad(set_to_none=set_to_none)
         self.loop.forget_clip()
+        self.loop.check()
+        self.train_as_before()
 
-    @rule(max_norm=st.sampled_from((0.5, 1e-3, 1e9, math.inf)))
+    @rule(max_norms=st.lists(st.sampled_from((0.5, 1e-3, 1e9, math.inf)), max_size=2), then=st.sampled_from((0, 1, 2)))
+    def clip_and_go_on(self, max_norms, then):
+        """Clipping again composes; then comes a step, or it is dropped, or whatever comes next."""
+        for max_norm in [1.0, *max_norms]:
+            self.clip(max_norm)
+        if then == 1:
+            self.step()
+        elif then == 2:
+            self.zero_grad(True)
+
     def clip(self, max_norm):
         if self.loop.refuses_clip():
             self.refused(lambda: self.optimizer.clip_grad_norm_(max_norm), RuntimeError, "is new or was changed")
@@ -817,14 +848,25 @@ class Life(RuleBasedStateMachine):
         else:
             take_step(self.optimizer, self.loop)
 
-    @rule(changes=grad_changes)
-    def train(self, changes):
-        self.zero_grad(True)
+    @rule(changes=grad_changes, max_norm=st.sampled_from((None, 0.5)))
+    def train(self, changes, max_norm):
         self.backward(changes)
+        if max_norm is not None:
+            self.clip(max_norm)
         self.step()
 
-    @rule(scale=st.sampled_from((1.0, 0.5, 1024.0)), found_inf=st.booleans())
-    def step_of_a_scaler(self, scale, found_inf):
+    def train_as_before(self):
+        """So that the plan of the last step is tried on what has happened since: new values in the same layouts."""
+        if self.loop.pending is not None:
+            self.optimizer.zero_grad()
+            self.loop.forget_clip()
+        self.backward(dict.fromkeys("012345", "new"))
+        self.step()
+
+    @rule(scale=st.sampled_from((1.0, 0.5, 1024.0)), found_inf=st.booleans(), max_norm=st.sampled_from((None, 0.5)))
+    def step_of_a_scaler(self, scale, found_inf, max_norm):
+        if max_norm is not None:
+            self.clip(max_norm)
         self.optimizer.grad_scale, self.optimizer.found_inf = torch.tensor(scale), torch.tensor(float(found_inf))
         if found_inf:
             self.optimizer.step()
@@ -834,6 +876,8 @@ class Life(RuleBasedStateMachine):
         else:
             take_step(self.optimizer, self.loop, scale)
         del self.optimizer.grad_scale, self.optimizer.found_inf
+        self.loop.check()
+        self.train_as_before()
 
     @precondition(lambda self: self.loop.pending is None)
     @rule(index=indices, mode=st.sampled_from(("skip", "error")), value=st.sampled_from((math.nan, math.inf)))
@@ -852,8 +896,7 @@ class Life(RuleBasedStateMachine):
                 self.refused(self.optimizer.step, RuntimeError, "NaN or inf")
             self.optimizer.nonfinite = "propagate"
             self.loop.check()
-            param.grad = None
-            self.loop.set_grad(param, None)
+            self.train_as_before()
 
     @rule()
     def hook_raises(self):
@@ -863,6 +906,8 @@ class Life(RuleBasedStateMachine):
         hook = self.optimizer.register_step_pre_hook(boom)
         self.refused(self.optimizer.step, Boom, "of the user")
         hook.remove()
+        self.loop.check()
+        self.train_as_before()
 
     # ---- options
 
@@ -871,6 +916,7 @@ class Life(RuleBasedStateMachine):
         g = index % len(self.loop.groups)
         self.optimizer.param_groups[g].update(options)
         self.loop.groups[g].update(options)
+        self.train_as_before()
 
     @rule(index=indices, which=indices)
     def edit_out_of_range(self, index, which):
@@ -886,37 +932,48 @@ class Life(RuleBasedStateMachine):
             group.update(wrong)
             self.refused(self.optimizer.step, ValueError, r"param_groups\[\d\]")
             self.refused(lambda: self.optimizer.clip_grad_norm_(1.0), ValueError, r"param_groups\[\d\]")
+            self.loop.check_tensors()
             group.update(right)
+            self.train_as_before()
 
     @rule(max_grad_norm=st.sampled_from((None, 0.5, math.inf)))
     def edit_max_grad_norm(self, max_grad_norm):
         self.optimizer.max_grad_norm = max_grad_norm
+        self.train_as_before()
 
     @precondition(lambda self: len(self.loop.groups) < 3)
     @rule(shapes=small_groups, options=class_options)
     def add_group(self, shapes, options):
         self.optimizer.add_param_group({"params": self.make_params(shapes), **options})
         self.loop.add_group(self.optimizer.param_groups[-1])
+        self.train_as_before()
 
     @rule(num_threads=st.integers(1, 4))
     def change_threads(self, num_threads):
         torch.set_num_threads(num_threads)
+        self.train_as_before()
 
     # ---- the same objects, elsewhere
 
-    @rule(index=indices, layout=one_of_each(**LAYOUT_AXES))
+    @rule(index=indices, layout=st.none() | one_of_each(**LAYOUT_AXES))
     def move_param(self, index, layout):
+        """To other memory, in the same layout or another."""
         param = self.param(index)
-        param.data = Placed(tuple(param.shape), param.dtype, Layout(**layout)).tensor.copy_(param.detach())
+        layout = self.shapes[id(param)].layout if layout is None else Layout(**layout)
+        self.shapes[id(param)] = replace(self.shapes[id(param)], layout=layout)
+        param.data = Placed(tuple(param.shape), param.dtype, layout).tensor.copy_(param.detach())
+        self.train_as_before()
 
     @rule(index=indices, requires_grad=st.booleans())
     def freeze(self, index, requires_grad):
         self.param(index).requires_grad_(requires_grad)
+        self.train_as_before()
 
     @rule(index=indices)
     def reverse_params(self, index):
         self.optimizer.param_groups[index % len(self.loop.groups)]["params"].reverse()
         self.saved = None  # a checkpoint knows parameters by their position
+        self.train_as_before()
 
     @rule(index=indices, which=indices, how=st.sampled_from(("replace", "move", "write", "remove")))
     def touch_state(self, index, which, how):
@@ -933,6 +990,7 @@ class Life(RuleBasedStateMachine):
                 expected[name] = expected[name] * 0.5
             else:
                 del state[name], expected[name]
+            self.train_as_before()
 
     # ---- copies and checkpoints
 
@@ -941,15 +999,20 @@ class Life(RuleBasedStateMachine):
         """As torch.save would, now; what happens later must not change it."""
         self.saved = copy.deepcopy(self.optimizer.state_dict()), self.loop.checkpoint(self.optimizer)
 
-    @precondition(lambda self: self.saved is not None)
     @rule()
     def load(self):
+        if self.saved is None:
+            self.save()
+            self.train_as_before()
         state_dict, expected = self.saved
         if len(expected) != len(self.loop.groups):
             self.refused(lambda: self.optimizer.load_state_dict(state_dict), ValueError, "parameter groups")
         else:
-            self.optimizer.load_state_dict(state_dict)
-            self.loop.restore(self.optimizer, expected)
+            for _ in range(2):  # the second time, what the steps of the first may have written to
+                self.optimizer.load_state_dict(state_dict)
+                self.loop.restore(self.optimizer, expected)
+                self.loop.check()
+                self.train_as_before()
 
     @rule()
     def go_on_with_a_fresh_optimizer(self):
@@ -959,9 +1022,12 @@ class Life(RuleBasedStateMachine):
         self.optimizer.load_state_dict(old.state_dict())
         self.loop.skipped = 0
         self.loop.restore(self.optimizer, expected)
+        self.train_as_before()
 
-    @rule()
-    def go_on_with_a_copy(self):
+    @rule(max_norm=st.sampled_from((None, 0.5)))
+    def go_on_with_a_copy(self, max_norm):
+        if max_norm is not None:
+            self.clip(max_norm)
         self.left = self.loop
         params, optimizer = copy.deepcopy((self.params, self.optimizer))
         for param, copied in zip(self.params, params, strict=True):
@@ -974,6 +1040,8 @@ class Life(RuleBasedStateMachine):
             self.loop.tracked[id(copied)].value = values[id(copied)]
             self.loop.set_grad(copied, copied.grad)
         self.loop.restore(optimizer, expected)
+        self.loop.check()
+        self.train_as_before()
 
 
 @every_class
