@@ -835,6 +835,7 @@ class Life(RuleBasedStateMachine):
         else:
             self.optimizer.clip_grad_norm_(max_norm)
             self.loop.clip(max_norm)
+        self.loop.check()
 
     # ---- steps
 
@@ -879,21 +880,22 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.loop.pending is None)
     @rule(index=indices, mode=st.sampled_from(("skip", "error")), value=st.sampled_from((math.nan, math.inf)))
     def step_with_nonfinite_gradient(self, index, mode, value):
-        active = [tracked for tracked in self.loop.active() if tracked.grad.numel()]
-        if active:
-            tracked = active[index % len(active)]
-            param = tracked.param
-            param.grad = param.grad.clone().fill_(value)
-            self.loop.set_grad(param, param.grad)
-            self.optimizer.nonfinite = mode
-            if mode == "skip":
-                self.optimizer.step()
-                self.loop.skip()
-            else:
-                self.refused(self.optimizer.step, RuntimeError, "NaN or inf")
-            self.optimizer.nonfinite = "propagate"
-            self.loop.check()
+        param = self.param(index)
+        if param.numel() > 0:
+            self.step_refuses(param, mode, value)
             self.train_as_before()
+
+    def step_refuses(self, param, mode, value):
+        set_grad(param, torch.full_like(param, value, requires_grad=False))
+        self.loop.set_grad(param, param.grad)
+        self.optimizer.nonfinite = mode
+        if mode == "skip":
+            self.optimizer.step()
+            self.loop.skip()
+        else:
+            self.refused(self.optimizer.step, RuntimeError, "NaN or inf")
+        self.optimizer.nonfinite = "propagate"
+        self.loop.check()
 
     @rule()
     def hook_raises(self):
@@ -939,10 +941,17 @@ class Life(RuleBasedStateMachine):
         self.train_as_before()
 
     @precondition(lambda self: len(self.loop.groups) < 3)
-    @rule(recipes=small_groups, options=class_options)
-    def add_group(self, recipes, options):
+    @rule(recipes=small_groups, options=class_options, first=st.sampled_from(("step", "clip", "skip", "error")))
+    def add_group(self, recipes, options, first):
+        """Without a step that succeeds, new parameters stay without state."""
         self.optimizer.add_param_group({"params": self.make_params(recipes), **options})
         self.loop.add_group(self.optimizer.param_groups[-1])
+        new = self.params[-1]
+        if first == "clip":
+            self.backward(dict.fromkeys("012345", "new"))
+            self.clip(0.5)
+        elif first != "step" and self.loop.pending is None and new.numel() > 0:
+            self.step_refuses(new, first, math.nan)
         self.train_as_before()
 
     @rule(num_threads=st.integers(1, 4))
