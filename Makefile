@@ -1,5 +1,6 @@
 # make train   train a small GPT with fusedopt.AdamW and compare with torch.optim   (ARGS="--steps 50" passes options on)
 # make test    lint and tests
+# make fuzz    N=20000 random examples a class against the reference   (SEED=1 repeats a run)
 # make bench   the CPU benchmark
 #
 # Needs python3 >= 3.10 and a C++ compiler. Makes .venv; uses the torch that python3 already has, else installs $(TORCH).
@@ -7,11 +8,13 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+N ?= 20000
+SEED ?= $(shell date +%s)
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py fusedopt/_C.pyi $(shell find csrc -type f)
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint fuzz bench clean
 
 train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -22,6 +25,9 @@ test: lint
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+fuzz: $(VENV)/built
+	FUZZ_EXAMPLES=$(N) $(BIN)/python -m pytest -q -rP tests/test_fuzz.py --hypothesis-seed=$(SEED) $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench cpu $(ARGS)

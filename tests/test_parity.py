@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, DTYPES, SMALL_SIZES, can_mix_dtypes, check_parity, random_grads, random_params
+from cases import CASES, DTYPES, SMALL_SIZES, Oracle, can_mix_dtypes, check_parity, random_grads, random_params
 from helpers import assert_close, nothing_changes
 
 import fusedopt
@@ -37,6 +37,21 @@ def test_reference_backend_keeps_the_same_bound(case, dtypes):
     if dtypes[0] != dtypes[1] and not can_mix_dtypes():
         pytest.skip("this torch wants gradients in the parameter's dtype")
     check_parity(case, *dtypes, sizes=SMALL_SIZES, steps=4, backend="reference")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.rule.name in ("adam", "nadam", "rmsprop")], ids=str)
+def test_second_moment_is_finite_where_the_square_is_not(case):
+    """(1 − β₂) g² may be finite in float32 where g² is not: an order of multiplication that matters."""
+    param = torch.nn.Parameter(torch.ones(17))
+    optimizer = case.make([param])
+    oracle = Oracle(case, optimizer.param_groups[0], [param])
+    param.grad = torch.full((17,), 3e19)
+    oracle.step([param.grad])
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), oracle.param.float())
+    for state in case.rule.stored(optimizer.param_groups[0]):
+        if state is not None:
+            torch.testing.assert_close(optimizer.state[param][state.name], oracle.state[state.name].float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
