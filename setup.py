@@ -8,6 +8,7 @@ Environment:
     FUSEDOPT_CUDA_ARCHS  compute capabilities, as "8.0;9.0+PTX"; else TORCH_CUDA_ARCH_LIST; else 8.0, 9.0, 10.0
     CUDA_HOME, CUDA_PATH where to look for bin/nvcc before PATH
     MAX_JOBS             compilers at a time (default: the number of cores)
+    FUSEDOPT_SANITIZE    for tests only (make sanitize): address,undefined or thread, as for the compiler's -fsanitize
 """
 
 import hashlib
@@ -49,6 +50,17 @@ ISA_FLAGS = (
     else {"csrc/cpu/baseline.cpp": []}
 )
 SOURCES = ["csrc/bindings.cpp", "csrc/cpu/engine.cpp", *ISA_FLAGS]
+# Slow, and stops at the first report. Python's own flags hold -fwrapv, which would make signed overflow defined.
+SANITIZE = os.environ.get("FUSEDOPT_SANITIZE")
+if SANITIZE:
+    FLAGS += [
+        f"-fsanitize={SANITIZE}",
+        "-fno-sanitize-recover=all",
+        "-fno-wrapv",
+        "-fno-omit-frame-pointer",
+        "-O1",
+        "-g1",
+    ]
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*")) if path.suffix in (".h", ".inl")]
 DEFAULT_ARCHS = "8.0;9.0;10.0"
 # What Python expects of the extension (fusedopt/extension.py).
@@ -151,11 +163,17 @@ class BuildExt(build_ext):
             objects = [obj for objs in pool.map(compile_one, SOURCES) for obj in objs]
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            objects, str(target), extra_postargs=openmp, target_lang="c++", build_temp=self.build_temp
+            objects,
+            str(target),
+            extra_postargs=openmp + [f"-fsanitize={SANITIZE}"] * bool(SANITIZE),
+            target_lang="c++",
+            build_temp=self.build_temp,
         )
 
     def openmp_flags(self):
         """["-fopenmp"] if a program with it compiles and links, else []: then plain threads are used."""
+        if SANITIZE == "thread":
+            return []  # the OpenMP runtime is not instrumented: every barrier of its would be a race
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder, "openmp_probe.cpp")
             probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")

@@ -375,7 +375,6 @@ class Bucket {
           }
         },
         [&] { are_grads_same = refresh_grads(); });
-    if (PyErr_Occurred()) throw py::error_already_set();
     return is_same && are_grads_same;
   }
 
@@ -412,22 +411,21 @@ class Bucket {
     return -1;
   }
 
-  // increment_version(written) tells autograd; it must not fail. The other threads begin meanwhile.
+  // increment_version(written) tells autograd; the other threads begin meanwhile. An interrupt in it comes out when the
+  // update is complete.
   void update(const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef, int num_threads,
               const py::function& increment_version, const py::list& written) {
-    std::optional<py::error_already_set> interrupt;
     std::optional<py::gil_scoped_release> unlocked;
     const auto lead = [&] {
-      try {
-        increment_version(written);
-      } catch (py::error_already_set& error) {
-        interrupt.emplace(error);
-      }
+      increment_version(written);
       unlocked.emplace();
     };
-    cpu::update(table_, hyper, grad_coef, num_threads, lead);
-    unlocked.reset();
-    if (interrupt) throw *interrupt;
+    try {
+      cpu::update(table_, hyper, grad_coef, num_threads, lead);
+    } catch (const py::error_already_set&) {
+      increment_version(written);  // perhaps it did not get so far
+      throw;
+    }
   }
 
   // Bytes it holds beyond the tensors themselves.
@@ -479,7 +477,7 @@ class Bucket {
     return *entry.step >= 0 && entry.read_extra() >= 0;
   }
 
-  // The part of refresh that needs the interpreter. False: not as planned, or a Python error is set.
+  // The part of refresh that needs the interpreter. False: not as planned.
   bool refresh_grads() {
     TensorInfo now;
     num_active_ = 0;
@@ -487,7 +485,7 @@ class Bucket {
     for (const Planned& planned : planned_) {
       const bool is_idle = planned.entry < 0;
       PyObject* grad = grad_of(planned.param.object);
-      if (grad == nullptr) return false;
+      if (grad == nullptr) throw py::error_already_set();
       const bool is_active = grad != Py_None;
       if (!is_active) {
         Py_DECREF(grad);

@@ -131,7 +131,7 @@ class Clip:
         self._pending = Pending(coef, is_finite, seen)
 
     def take(self, plan: Plan, grad_scale: float, found_inf: bool) -> float | None:
-        """What this step multiplies gradients with; None if it is to be skipped.
+        """What this step multiplies gradients with; None if it is to be skipped. `forget` when the step is done.
 
         Args:
             grad_scale: what the loss was multiplied with; the norm is that of the unscaled gradients.
@@ -159,7 +159,6 @@ class Clip:
         if is_finite is False and self.nonfinite == "skip":
             self._skip()
             return None
-        self.forget()
         return coef
 
     def record(self, norm: float, plan: Plan) -> None:

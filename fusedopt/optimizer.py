@@ -112,6 +112,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             coef = self._clip.take(plan, *self._amp(plan.owner))
             if coef is not None:
                 plan.update(coef)
+                self._clip.forget()  # only now: a step that fails must still clip when it is tried again
         return loss
 
     def _amp(self, owner: str) -> tuple[float, bool]:
@@ -139,7 +140,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 plan.owner = owner
             if plan is None or not plan.refresh(self.param_groups, self.state):
                 self._plan = None
-                plan = Plan(owner, self.rule, self.param_groups, self.state, self._backend)
+                plan = Plan(owner, self.rule, self.param_groups, self.state)
+                plan.make(self.param_groups, self._backend)  # apart, so that an interrupt finds the state it made
                 if not plan.refresh(self.param_groups, self.state):
                     raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
                 self._plan = plan

@@ -90,10 +90,10 @@ class _Span:
 
 
 class Plan:
-    """All parameters of an optimizer, in buckets of one device and backend.
+    """All parameters of an optimizer, in buckets of one device and backend, once it is made.
 
     Raises:
-        ValueError, TypeError, RuntimeError: naming the parameter and the reason; then nothing has been changed.
+        ValueError, TypeError: naming the group whose options are wrong.
     """
 
     def __init__(
@@ -102,7 +102,6 @@ class Plan:
         rule: Rule,
         param_groups: list[dict[str, Any]],
         state: dict[torch.Tensor, dict[str, Any]],
-        backend: str | None,
     ):
         self.owner = owner
         self.rule = rule
@@ -110,31 +109,33 @@ class Plan:
         self._options = [None] * len(param_groups)
         self._read_options(param_groups)
         self._fresh: list[tuple[Entry, float, list[str]]] = []  # its step count then, names of the states made
+        self.buckets = []
 
+    def make(self, param_groups: list[dict[str, Any]], backend: str | None) -> None:
+        """Checks every parameter, gradient and state, and makes the state that is missing; see `discard_fresh_state`.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: naming the parameter and the reason.
+        """
         entries = self._collect(param_groups)
         chosen = {device: backends.choose(device, backend) for device in {entry.param.device for entry in entries}}
-        try:
-            for entry in entries:
-                self._attach_state(entry, param_groups[entry.group], state)
-            planned = [entry for entry in entries if not entry.is_idle]
-            self._check_overlap(planned)
-            is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
-            self.norm_dtype = torch.float64 if is_double else torch.float32
-            self.norm_device = planned[0].param.device if planned else torch.device("cpu")
-            self.buckets = []
-            for device, module in chosen.items():
-                self.buckets.append(module.Bucket(rule, [entry for entry in entries if entry.param.device == device]))
-            # None: then every bucket is the reference's, which is good for one step.
-            self._watch = _C.Watch(param_groups, state) if _C else None
-            # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
-            self._pinned = (
-                [[group["params"], *group["params"]] for group in param_groups],
-                [[values, *(values.values() if isinstance(values, dict) else ())] for values in state.values()],
-                [tensor.untyped_storage() for entry in planned for tensor in entry.written if tensor is not None],
-            )
-        except BaseException:
-            self.discard_fresh_state()
-            raise
+        for entry in entries:
+            self._attach_state(entry, param_groups[entry.group], self._state)
+        planned = [entry for entry in entries if not entry.is_idle]
+        self._check_overlap(planned)
+        is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
+        self.norm_dtype = torch.float64 if is_double else torch.float32
+        self.norm_device = planned[0].param.device if planned else torch.device("cpu")
+        for device, module in chosen.items():
+            self.buckets.append(module.Bucket(self.rule, [entry for entry in entries if entry.param.device == device]))
+        # None: then every bucket is the reference's, which is good for one step.
+        self._watch = _C.Watch(param_groups, self._state) if _C else None
+        # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
+        self._pinned = (
+            [[group["params"], *group["params"]] for group in param_groups],
+            [[values, *(values.values() if isinstance(values, dict) else ())] for values in self._state.values()],
+            [tensor.untyped_storage() for entry in planned for tensor in entry.written if tensor is not None],
+        )
 
     # ---- is the plan still right? ------------------------------------------------------------------------------
 

@@ -957,13 +957,6 @@ def test_float16_parameters_work_with_the_scaler(spec):
 # ---- threads, processes, memory ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_class
 def test_number_of_threads_does_not_change_a_bit(spec, dtype, threads):

@@ -60,8 +60,9 @@ class Bucket:
     @torch.no_grad()
     def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
         new_values = [self._computed(entry, scalars[entry.group], grad_coefs[entry.group]) for entry in self._active()]
-        for old, new in itertools.chain.from_iterable(new_values):  # only now: computing can run out of memory
-            old.copy_(new)
+        written = [*itertools.chain.from_iterable(new_values)]
+        if written:  # only now, because computing can run out of memory; all in one call, which no interrupt divides
+            torch._foreach_copy_(*map(list, zip(*written, strict=True)))
 
     def _computed(
         self, entry: Entry, scalars: Sequence[float], grad_coef: float
