@@ -560,9 +560,6 @@ py::dict rule_table() {
 PYBIND11_MODULE(_C, m) {
   m.attr("interface") = FUSEDOPT_INTERFACE;
   m.attr("rules") = rule_table();
-  py::list dtypes;
-  for (const char* name : dtype_names) dtypes.append(name);
-  m.attr("dtype_names") = dtypes;
   m.attr("max_dims") = max_dims;
 #if defined(_OPENMP)
   m.attr("has_openmp") = true;

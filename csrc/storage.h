@@ -8,7 +8,7 @@
 
 namespace fusedopt {
 
-// Order known to fusedopt/plan.py through fusedopt._C.dtype_names.
+// By the names that torch gives them.
 enum class DType : int8_t { float32, float64, bfloat16, float16 };
 constexpr int num_dtypes = 4;
 constexpr const char* dtype_names[num_dtypes] = {"float32", "float64", "bfloat16", "float16"};

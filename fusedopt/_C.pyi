@@ -7,7 +7,6 @@ interface: str
 """Digest of this file as it was at the build; fusedopt/extension.py refuses an extension with another one."""
 rules: dict[str, tuple[int, str, int]]
 """Kernel name -> (index, hyperparameter names in ABI order, number of state slots)."""
-dtype_names: list[str]
 max_dims: int
 has_openmp: bool
 
