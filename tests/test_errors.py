@@ -16,6 +16,7 @@ from helpers import (
     every_class,
     make_params,
     nothing_changes,
+    only_on,
     randn,
     set_grads,
     snapshot,
@@ -25,6 +26,7 @@ from helpers import (
 import fusedopt
 from fusedopt.rules import RANGES
 
+pytestmark = pytest.mark.usefixtures("on_backend")
 SHAPES = ((13, 7), (1021,), (5, 3, 3))
 NAMES = ("stem.weight", "stem.bias", "head.weight")
 
@@ -32,6 +34,7 @@ NAMES = ("stem.weight", "stem.bias", "head.weight")
 # ---- at construction ---------------------------------------------------------------------------------------------
 
 
+@only_on("cpu", "nothing is computed")
 @pytest.mark.parametrize(
     "spec, kwargs, message",
     [(spec, kwargs, message) for spec in SPECS for kwargs, message in spec.rule.errors],
@@ -63,6 +66,7 @@ def out_of_range(spec):
 RANGE_ROWS = [(spec, label, edit, value) for spec in SPECS for label, edit, value in out_of_range(spec)]
 
 
+@only_on("cpu", "nothing is computed")
 @pytest.mark.parametrize("where", ["constructor", "second group", "added group"])
 @pytest.mark.parametrize("spec, label, edit, value", RANGE_ROWS, ids=str)
 def test_option_out_of_range_is_refused_at_construction(spec, label, edit, value, where):
@@ -125,6 +129,7 @@ BAD_VALUE_ROWS = [
 ]
 
 
+@only_on("cpu", "nothing is computed")
 @pytest.mark.parametrize("spec, name", BAD_VALUE_ROWS, ids=str)
 def test_option_of_the_wrong_kind_is_refused_at_construction(spec, name):
     edit = BAD_VALUES[name]
@@ -222,6 +227,7 @@ def test_step_that_does_not_happen_makes_no_optional_state(spec, kept, nonfinite
                 optimizer.step()
 
 
+@only_on("cpu", "nothing is computed")
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @every_class
 def test_unsupported_parameter_dtype_is_refused_at_construction(spec, dtype):
@@ -258,6 +264,7 @@ def test_integer_tensor_may_be_listed_but_not_stepped(spec, dtype):
         optimizer.step()
 
 
+@only_on("cpu", "nothing is computed")
 @every_class
 def test_differentiable_is_refused(spec):
     params = make_params(SHAPES)
@@ -267,6 +274,7 @@ def test_differentiable_is_refused(spec):
         spec.make([{"params": params[:1]}, {"params": params[1:], "differentiable": True}])
 
 
+@only_on("cpu", "nothing is computed")
 @pytest.mark.parametrize("nonfinite", ["ignore", "", None, True, "SKIP"], ids=str)
 def test_unknown_nonfinite_is_refused(nonfinite):
     message = rf"^nonfinite must be one of 'propagate', 'skip', 'error', got {re.escape(repr(nonfinite))}$"
@@ -290,6 +298,7 @@ CONSTRUCTION = {
 }
 
 
+@only_on("cpu", "nothing is computed")
 @pytest.mark.parametrize("name", CONSTRUCTION)
 @every_class
 def test_wrong_parameters_are_refused_in_torchs_words(spec, name):
@@ -304,6 +313,7 @@ def test_wrong_parameters_are_refused_in_torchs_words(spec, name):
 # ---- backends ----------------------------------------------------------------------------------------------------
 
 
+@only_on("cpu", "nothing is computed")
 @pytest.mark.parametrize("source", ["argument", "environment"])
 @pytest.mark.parametrize("name, kind, message", [
     ("cudnn", ValueError, r"must be one of 'auto', 'cuda', 'triton', 'cpu', 'reference', got 'cudnn'"),
@@ -318,6 +328,7 @@ def test_unknown_backend_is_refused(name, kind, message, source, monkeypatch):
         fusedopt.AdamW(make_params(SHAPES), **given)
 
 
+@only_on("cpu", "nothing is computed")
 @pytest.mark.parametrize("source", ["argument", "environment"])
 def test_backend_that_cannot_be_used_says_why(source, monkeypatch):
     monkeypatch.setattr(fusedopt.backends.triton, "unavailable", lambda: "no such luck")
@@ -329,6 +340,7 @@ def test_backend_that_cannot_be_used_says_why(source, monkeypatch):
         fusedopt.AdamW(make_params(SHAPES), **given)
 
 
+@only_on("cpu", "nothing is computed")
 def test_backend_that_does_not_fit_the_device_is_refused_by_the_step(monkeypatch):
     monkeypatch.setattr(fusedopt.backends.cuda, "unavailable", lambda: None)
     params = make_params(SHAPES)
@@ -338,6 +350,7 @@ def test_backend_that_does_not_fit_the_device_is_refused_by_the_step(monkeypatch
         optimizer.step()
 
 
+@only_on("cpu", "nothing is computed")
 @pytest.mark.skipif(sys.platform == "win32", reason="environment")
 def test_unknown_instruction_set_is_refused_at_import():
     result = subprocess.run(
@@ -507,11 +520,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("backend, limit", [("cpu", None), ("cpu", 1.0), ("reference", None)])
+@pytest.mark.parametrize("limit", [None, 1.0])
 @pytest.mark.parametrize("warm", [False, True], ids=["first step", "third step"])
 @pytest.mark.parametrize("damage", REFUSED, ids=lambda damage: damage.__name__)
 @every_class
-def test_step_refuses_by_name_and_changes_nothing(spec, damage, warm, backend, limit):
+def test_step_refuses_by_name_and_changes_nothing(spec, damage, warm, limit):
     """The damage is in group 1: group 0 must not move either. Undone, the run goes on as if nothing had been."""
     if damage in (double_gradient, integer_gradient) and not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("this torch wants gradients in the parameter's dtype")
@@ -521,7 +534,7 @@ def test_step_refuses_by_name_and_changes_nothing(spec, damage, warm, backend, l
         params = make_params(SHAPES)
         named = [*zip(NAMES, params, strict=True)]
         groups = [{"params": named[:2]}, {"params": named[2:], "lr": 0.03}]
-        optimizer = spec.make(groups, max_grad_norm=limit, backend=backend)
+        optimizer = spec.make(groups, max_grad_norm=limit)
         train(optimizer, params, 2 * warm)
         return params, optimizer
 
@@ -675,16 +688,15 @@ def test_gradient_of_torch_func_is_refused():
         torch.func.grad(function)(randn((1021,)))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @every_class
-def test_update_that_fails_leaves_no_trace(spec, backend, monkeypatch):
+def test_update_that_fails_leaves_no_trace(spec, on_backend, monkeypatch):
     """Whatever goes wrong while an update is computed: memory runs out, say."""
     params, plain_params = make_params(SHAPES), make_params(SHAPES)
-    optimizer, plain = (spec.make(at, backend=backend) for at in (params, plain_params))
+    optimizer, plain = (spec.make(at) for at in (params, plain_params))
     for warm in (False, True):
         set_grads(params, 5)
         with monkeypatch.context() as patch:
-            if backend == "reference":
+            if on_backend == "reference":
                 function = getattr(fusedopt.reference, spec.rule.name)
                 calls = []
 
@@ -709,18 +721,19 @@ def raise_memory_error():
     raise MemoryError
 
 
-def test_state_that_an_update_has_used_is_kept(monkeypatch):
+def test_state_that_an_update_has_used_is_kept(on_backend, monkeypatch):
     """Though something fails behind it; without its moments the parameters would have moved twice."""
     params, plain_params = make_params(SHAPES), make_params(SHAPES)
     optimizer, plain = fusedopt.AdamW(params), fusedopt.AdamW(plain_params)
-    update = fusedopt.backends.cpu.Bucket.update
+    bucket = fusedopt.backends.BACKENDS[on_backend].Bucket
+    update = bucket.update
 
     def interrupted(self, *args):
         update(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fusedopt.backends.cpu.Bucket, "update", interrupted)
+        patch.setattr(bucket, "update", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(optimizer, params, 1)
     train(plain, plain_params, 1)
@@ -730,13 +743,13 @@ def test_state_that_an_update_has_used_is_kept(monkeypatch):
     assert float(optimizer.state[params[0]]["step"]) == 2
 
 
-def test_plan_that_does_not_hold_at_once_is_refused(monkeypatch):
+def test_plan_that_does_not_hold_at_once_is_refused(on_backend, monkeypatch):
     """As when another thread takes gradients away while they are read."""
     params = make_params(SHAPES)
     optimizer = fusedopt.AdamW(params)
     set_grads(params, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(fusedopt.backends.cpu.Bucket, "refresh", lambda self: False)
+        patch.setattr(fusedopt.backends.BACKENDS[on_backend].Bucket, "refresh", lambda self: False)
         with nothing_changes(optimizer), pytest.raises(RuntimeError, match="changed while they were read; nothing was"):
             optimizer.step()
     optimizer.step()
@@ -773,6 +786,7 @@ def test_differentiable_set_later_is_refused():
         optimizer.step()
 
 
+@only_on("cpu", "calls its table")
 def test_wrong_number_of_hyperparameters_is_refused_by_the_engine():
     params = make_params(SHAPES)
     optimizer = fusedopt.NAdam(params)
