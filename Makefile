@@ -1,17 +1,21 @@
 # make train   train a small GPT with fusedopt.AdamW and compare with torch.optim   (ARGS="--steps 50" passes options on)
 # make test    lint and tests
+# make fuzz    N=20000 random examples a class against the reference   (SEED=1 repeats a run)
 # make bench   the CPU benchmark
+# make sanitize  the tests that reach the CPU engine, under the address, undefined-behaviour and thread sanitizers (Linux, GCC)
 #
 # Needs python3 >= 3.10 and a C++ compiler. Makes .venv; uses the torch that python3 already has, else installs $(TORCH).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+N ?= 20000
+SEED ?= $(shell date +%s)
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py fusedopt/_C.pyi $(shell find csrc -type f)
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint fuzz bench sanitize clean
 
 train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -23,8 +27,34 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+fuzz: $(VENV)/built
+	FUZZ_EXAMPLES=$(N) $(BIN)/python -m pytest -q -rP tests/test_fuzz.py --hypothesis-seed=$(SEED) $(ARGS)
+
 bench: $(VENV)/built
 	$(BIN)/python -m bench cpu $(ARGS)
+
+# A build apart; python itself is not sanitized, so the runtimes must be there before it (libstdc++ for their view of throw).
+sanitize: build/sanitize-address/built build/sanitize-thread/built
+	$(call sanitized,address,asan ubsan) tests/test_clip.py tests/test_errors.py tests/test_checkpoints.py \
+		tests/test_torch_contract.py tests/test_threads.py tests/test_parity.py -k "$(ADDRESS_TESTS)" $(ARGS)
+	$(call sanitized,thread,tsan) tests/test_threads.py tests/test_torch_contract.py -k "$(THREAD_TESTS)" $(ARGS)
+
+# Not: those whose tensors are large; torch's and the reference backend's part; memory that grows, as freed memory is kept.
+ADDRESS_TESTS := not engine_is_the_reference and not reference_backend and not equal_torch and not planted and not memory_does_not
+THREAD_TESTS := test_threads or number_of_threads or two_threads_never_overlap
+# detect_leaks=0: python keeps much until it ends.
+SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	TSAN_OPTIONS="halt_on_error=1 suppressions=tests/thread_sanitizer.supp"
+runtimes = $(foreach name,$(1) stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+sanitized = $(SANITIZER_OPTIONS) LD_PRELOAD="$(call runtimes,$(2))" \
+	$(BIN)/pytest -q -p no:cacheprovider -o pythonpath=build/sanitize-$(1)/lib
+
+build/sanitize-address/built: FUSEDOPT_SANITIZE := address,undefined
+build/sanitize-thread/built: FUSEDOPT_SANITIZE := thread
+build/sanitize-%/built: $(VENV)/built $(SOURCES) $(shell find fusedopt kernels -name '*.py')
+	FUSEDOPT_SANITIZE=$(FUSEDOPT_SANITIZE) FUSEDOPT_BUILD_CUDA=0 $(BIN)/python setup.py --quiet build \
+		--build-base build/sanitize-$* --build-lib build/sanitize-$*/lib
+	@touch $@
 
 $(VENV)/made: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fusedopt needs Python 3.10 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
@@ -34,7 +64,7 @@ $(VENV)/made: Makefile
 	@touch $@
 
 $(VENV)/built: $(VENV)/made $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	FUSEDOPT_REQUIRE_CPU=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
 	@touch $@
 
 clean:

@@ -1,12 +1,17 @@
 """Builds the extension: no torch needed, one object file per CPU instruction set, CUDA apart and only where nvcc is.
 
+Where the extension cannot be built the install still succeeds: fusedopt then works by its slow reference, and says so.
+
 Environment:
+    FUSEDOPT_REQUIRE_CPU 1: fail instead; so does `setup.py build_ext`, which asks for the extension (default: 0)
     FUSEDOPT_BUILD_CUDA  auto (default: build it if nvcc is found) | 0 | 1 (fail without nvcc)
     FUSEDOPT_CUDA_ARCHS  compute capabilities, as "8.0;9.0+PTX"; else TORCH_CUDA_ARCH_LIST; else 8.0, 9.0, 10.0
     CUDA_HOME, CUDA_PATH where to look for bin/nvcc before PATH
     MAX_JOBS             compilers at a time (default: the number of cores)
+    FUSEDOPT_SANITIZE    for tests only (make sanitize): address,undefined or thread, as for the compiler's -fsanitize
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -20,7 +25,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CCompilerError
+from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).parent
 # sqrt vectorises only without errno; no fused multiply-add, so that every instruction set gives the same bits.
@@ -45,8 +50,38 @@ ISA_FLAGS = (
     else {"csrc/cpu/baseline.cpp": []}
 )
 SOURCES = ["csrc/bindings.cpp", "csrc/cpu/engine.cpp", *ISA_FLAGS]
+# Slow, and stops at the first report. Python's own flags hold -fwrapv, which would make signed overflow defined.
+SANITIZE = os.environ.get("FUSEDOPT_SANITIZE")
+if SANITIZE:
+    FLAGS += [
+        f"-fsanitize={SANITIZE}",
+        "-fno-sanitize-recover=all",
+        "-fno-wrapv",
+        "-fno-omit-frame-pointer",
+        "-O1",
+        "-g1",
+    ]
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*")) if path.suffix in (".h", ".inl")]
 DEFAULT_ARCHS = "8.0;9.0;10.0"
+# What Python expects of the extension (fusedopt/extension.py).
+INTERFACE = hashlib.sha256((ROOT / "fusedopt/_C.pyi").read_bytes()).hexdigest()[:12]
+
+
+def switch(name, *values):
+    """An environment variable's value, the first of `values` if it is not set."""
+    value = os.environ.get(name, "").lower() or values[0]
+    if value not in values:
+        sys.exit(f"{name} must be {', '.join(values[:-1])} or {values[-1]}, got {value!r}")
+    return value
+
+
+FALLBACK = f"""
+{"*" * 100}
+fusedopt: the C++ extension could not be built (the compiler's output is above). Installing WITHOUT it:
+everything works, by pure PyTorch, but SLOWLY. FUSEDOPT_REQUIRE_CPU=1 makes this an error.
+It takes a C++17 compiler (GCC 11 or newer, or Clang 12 or newer) and Python's headers.
+{"*" * 100}
+"""
 
 
 def find_nvcc():
@@ -60,9 +95,7 @@ def find_nvcc():
 
 def wants_cuda():
     """Path of the nvcc to build the CUDA part with, or None to leave it out."""
-    choice = os.environ.get("FUSEDOPT_BUILD_CUDA", "auto").lower()
-    if choice not in ("auto", "0", "1"):
-        sys.exit(f"FUSEDOPT_BUILD_CUDA must be auto, 0 or 1, got {choice!r}")
+    choice = switch("FUSEDOPT_BUILD_CUDA", "auto", "0", "1")
     if choice == "0":
         return None
     nvcc = find_nvcc()
@@ -75,14 +108,18 @@ def wants_cuda():
 
 
 def cuda_arch_flags(nvcc):
-    """-gencode flags for the wanted compute capabilities that this nvcc knows, with PTX of the newest."""
+    """-gencode flags for the wanted compute capabilities that this nvcc knows, with PTX of the newest.
+
+    Raises:
+        OSError, subprocess.SubprocessError, ValueError: it does not run, or knows none of them.
+    """
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = {int(number) for number in re.findall(r"compute_(\d+)\b", listed)}
     text = os.environ.get("FUSEDOPT_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
     wanted = {int(major) * 10 + int(minor) for major, minor in re.findall(r"(\d+)\.(\d)", text)}
     archs = sorted(wanted & known)
     if not archs:
-        sys.exit(f"none of the CUDA architectures {text!r} is known to {nvcc}, which knows {sorted(known)}")
+        raise ValueError(f"none of the CUDA architectures {text!r} is known to {nvcc}, which knows {sorted(known)}")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
@@ -91,11 +128,28 @@ class BuildExt(build_ext):
     """Per-file flags, in parallel; OpenMP where the compiler has it; then the CUDA object."""
 
     def build_extension(self, ext):
+        built = Path(self.get_ext_fullpath(ext.name))
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        installed = ROOT / "fusedopt" / built.name if in_place else built
+        try:
+            self.build_cpu(ext, built)
+        except (BaseError, CCompilerError):
+            if ext.optional:  # setuptools goes on then
+                print(FALLBACK, file=sys.stderr)
+                installed.unlink(missing_ok=True)  # one of an earlier build
+            raise
+        cuda_target = installed.with_name("_cuda.so")
+        cuda_target.unlink(missing_ok=True)
+        nvcc = wants_cuda()
+        if nvcc is not None:
+            self.build_cuda(nvcc, cuda_target)
+
+    def build_cpu(self, ext, target):
         include_dirs = self.compiler.include_dirs + ext.include_dirs
         openmp = self.openmp_flags()
 
         def compile_one(source):
-            flags = FLAGS + ISA_FLAGS.get(source, openmp)
+            flags = [*FLAGS, f'-DFUSEDOPT_INTERFACE="{INTERFACE}"', *ISA_FLAGS.get(source, openmp)]
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
@@ -107,20 +161,19 @@ class BuildExt(build_ext):
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:
             objects = [obj for objs in pool.map(compile_one, SOURCES) for obj in objs]
-        target = self.get_ext_fullpath(ext.name)
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            objects, target, extra_postargs=openmp, target_lang="c++", build_temp=self.build_temp
+            objects,
+            str(target),
+            extra_postargs=openmp + [f"-fsanitize={SANITIZE}"] * bool(SANITIZE),
+            target_lang="c++",
+            build_temp=self.build_temp,
         )
-        in_place = self.inplace or getattr(self, "editable_mode", False)
-        cuda_target = (ROOT / "fusedopt" if in_place else Path(target).parent) / "_cuda.so"
-        cuda_target.unlink(missing_ok=True)  # one of an earlier build
-        nvcc = wants_cuda()
-        if nvcc is not None:
-            self.build_cuda(nvcc, cuda_target)
 
     def openmp_flags(self):
         """["-fopenmp"] if a program with it compiles and links, else []: then plain threads are used."""
+        if SANITIZE == "thread":
+            return []  # the OpenMP runtime is not instrumented: every barrier of its would be a race
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder, "openmp_probe.cpp")
             probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
@@ -138,20 +191,23 @@ class BuildExt(build_ext):
         """The CUDA part: a shared object of its own, its runtime linked in, so that it can never break the CPU part."""
         sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
         command = [nvcc, "-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        command += [*cuda_arch_flags(nvcc), "-o", str(target), *sources]
-        print(" ".join(command))
-        if subprocess.run(command).returncode != 0:
-            message = "nvcc could not build the CUDA part (its output is above)"
-            if os.environ.get("FUSEDOPT_BUILD_CUDA") == "1":
+        try:
+            command += [*cuda_arch_flags(nvcc), "-o", str(target), *sources]
+            print(" ".join(command))
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            message = f"nvcc could not build the CUDA part: {error}"
+            if switch("FUSEDOPT_BUILD_CUDA", "auto", "0", "1") == "1":
                 sys.exit(message)
             print(f"{message}; going on without it, because FUSEDOPT_BUILD_CUDA is not 1")
             target.unlink(missing_ok=True)
 
 
+is_required = switch("FUSEDOPT_REQUIRE_CPU", "0", "1") == "1" or "build_ext" in sys.argv
 if "bdist_wheel" in sys.argv or "build_ext" in sys.argv:
     wants_cuda()  # fail before compiling anything
 
 setup(
-    ext_modules=[Pybind11Extension("fusedopt._C", SOURCES, depends=HEADERS)],
+    ext_modules=[Pybind11Extension("fusedopt._C", SOURCES, depends=HEADERS, optional=not is_required)],
     cmdclass={"build_ext": BuildExt},
 )

@@ -21,14 +21,28 @@ namespace {
 
 // ---- reading tensors -------------------------------------------------------------------------------------------
 
+// Complex tensors are described as what they are made of: real tensors with a last dimension of two.
 struct TensorInfo {
   char* data;
   int dtype;  // index into dtype_names; num_dtypes: none of them
+  bool is_complex;
   int32_t device_type, device_index;  // as torch numbers them; only compared
   int32_t ndim;
   const int64_t* shape;
   const int64_t* strides;
   std::vector<int64_t> owned;  // shape and strides where no one else holds them
+
+  // `shape` and `strides` may be `owned`.
+  void view_as_real() {
+    std::vector<int64_t> real(shape, shape + ndim);
+    real.push_back(2);
+    for (int32_t i = 0; i < ndim; ++i) real.push_back(2 * strides[i]);
+    real.push_back(1);
+    owned.swap(real);
+    ++ndim;
+    shape = owned.data();
+    strides = owned.data() + ndim;
+  }
 };
 
 PyTypeObject* tensor_type = nullptr;
@@ -57,13 +71,15 @@ struct Reader : torch_abi::Functions {
   size_t offset = 0;  // of the at::Tensor in its Python object; 0: not found, read Python attributes instead
   int32_t strided = 0;
   int32_t dtypes[num_dtypes] = {};
+  int32_t complex64 = 0, complex128 = 0;
 } reader;
 
 // A handle to a tensor's at::Tensor. Borrowed from the Python object, which may come to hold another (swap_tensors).
 torch_abi::Handle handle_of(PyObject* tensor) { return reinterpret_cast<char*>(tensor) + reader.offset; }
 
-// Called at import: with torch.Tensor, the address of each of torch_functions (or none at all), and some tensors with the
-// address of what their at::Tensor points to. Returns whether the fast way of reading can be used.
+// Called at import: with torch.Tensor, the address of each of torch_functions (0 where this torch has none; or no addresses
+// at all), and some tensors with the address of what their at::Tensor points to. Returns whether the fast way of reading
+// can be used.
 bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
                const std::vector<std::pair<py::object, uintptr_t>>& known) {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
@@ -73,11 +89,15 @@ bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
 #define FO_TAKE(name, type) reader.name = reinterpret_cast<decltype(reader.name)>(functions.at(i++));
   FO_TORCH_FUNCTIONS(FO_TAKE)
 #undef FO_TAKE
+  const size_t num_missing = std::count(functions.begin(), functions.end(), uintptr_t(0));
+  if (num_missing > size_t(reader.get_layout == nullptr)) return false;  // `describe` can do without that one
   reader.strided = reader.layout_strided();
   reader.dtypes[int(DType::float32)] = reader.dtype_float32();
   reader.dtypes[int(DType::float64)] = reader.dtype_float64();
   reader.dtypes[int(DType::bfloat16)] = reader.dtype_bfloat16();
   reader.dtypes[int(DType::float16)] = reader.dtype_float16();
+  reader.complex64 = reader.dtype_complex64();
+  reader.complex128 = reader.dtype_complex128();
   // An at::Tensor is one pointer. Where it lies in the Python object is torch's own business, so look for it: the first
   // thing in the object, or behind a flag (older versions).
   for (const size_t offset : {sizeof(PyObject), sizeof(PyObject) + sizeof(void*)}) {
@@ -93,7 +113,9 @@ bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
 
 // The same through Python attributes: slower, nothing else.
 void describe_by_attributes(py::handle tensor, TensorInfo& info) {
-  const std::string dtype = py::str(tensor.attr("dtype"));
+  std::string dtype = py::str(tensor.attr("dtype"));
+  info.is_complex = dtype == "torch.complex64" || dtype == "torch.complex128";
+  if (info.is_complex) dtype = dtype == "torch.complex64" ? "torch.float32" : "torch.float64";
   const py::object device = tensor.attr("device");
   info.dtype = int(std::find(dtype_names, dtype_names + num_dtypes, dtype.substr(strlen("torch."))) - dtype_names);
   info.device_type = py::str(device.attr("type")).cast<std::string>() == "cpu" ? 0 : 1;
@@ -106,6 +128,7 @@ void describe_by_attributes(py::handle tensor, TensorInfo& info) {
   info.shape = info.owned.data();
   info.strides = info.owned.data() + shape.size();
   info.data = reinterpret_cast<char*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  if (info.is_complex) info.view_as_real();
 }
 
 // All but the device, of a strided tensor. False, with no Python error set, for what cannot be described so.
@@ -126,26 +149,31 @@ bool describe_values(PyObject* tensor, TensorInfo& info) {
       reader.get_sizes(handle, &shape) || reader.get_strides(handle, &strides))
     return false;
   info.data = static_cast<char*>(data);
+  info.is_complex = dtype == reader.complex64 || dtype == reader.complex128;
+  if (info.is_complex) dtype = reader.dtypes[int(dtype == reader.complex64 ? DType::float32 : DType::float64)];
   info.dtype = int(std::find(reader.dtypes, reader.dtypes + num_dtypes, dtype) - reader.dtypes);
   info.ndim = int32_t(dim);
   info.shape = shape;
   info.strides = strides;
+  if (info.is_complex) info.view_as_real();
   return true;
 }
 
-// False as well for sparse tensors. `tensor` must be a torch.Tensor.
+// False as well for sparse tensors: by their layout, or in torch 2.6, whose ABI does not tell it, because they have no strides
+// and no address. `tensor` must be a torch.Tensor.
 bool describe(PyObject* tensor, TensorInfo& info) {
   if (reader.offset == 0) return describe_values(tensor, info);
   const torch_abi::Handle handle = handle_of(tensor);
   int32_t layout;
-  return reader.get_layout(handle, &layout) == 0 && layout == reader.strided &&
+  return (reader.get_layout == nullptr || (reader.get_layout(handle, &layout) == 0 && layout == reader.strided)) &&
          reader.get_device_type(handle, &info.device_type) == 0 &&
          reader.get_device_index(handle, &info.device_index) == 0 && describe_values(tensor, info);
 }
 
-// Whether the values are minus what memory holds, which the stable ABI does not tell. Such tensors come out of complex ones
-// (`z.conj().imag`), so only those with gaps are worth the question.
-bool is_negated(PyObject* tensor) { return py::handle(tensor).attr("is_neg")().cast<bool>(); }
+// Whether memory holds something else than the values, minus them or their conjugates, which the stable ABI does not tell.
+bool is_lazy(PyObject* tensor) {
+  return py::handle(tensor).attr("is_neg")().cast<bool>() || py::handle(tensor).attr("is_conj")().cast<bool>();
+}
 
 // ---- the same objects? -----------------------------------------------------------------------------------------
 
@@ -194,21 +222,30 @@ class Watch {
 // a few of these, which keeps the check of a step inside the cache.
 struct Layout {
   int dtype;
+  bool is_complex;
   int32_t device_type, device_index;
   std::vector<int64_t> shape, strides;
 
   explicit Layout(const TensorInfo& info)
-      : dtype(info.dtype), device_type(info.device_type), device_index(info.device_index),
+      : dtype(info.dtype), is_complex(info.is_complex), device_type(info.device_type), device_index(info.device_index),
         shape(info.shape, info.shape + info.ndim), strides(info.strides, info.strides + info.ndim) {}
 
   bool operator==(const Layout& other) const {
-    return dtype == other.dtype && device_type == other.device_type && device_index == other.device_index &&
+    return dtype == other.dtype && is_complex == other.is_complex && device_type == other.device_type && device_index == other.device_index &&
            shape == other.shape && strides == other.strides;
   }
 
-  // Whether no dimension steps from one element to the next in memory.
-  bool has_gaps() const {
-    return !strides.empty() && std::find(strides.begin(), strides.end(), 1) == strides.end();
+  // Bytes from the first element's address to behind the last one's.
+  int64_t extent() const {
+    int64_t last = 0;
+    for (size_t i = 0; i < shape.size(); ++i) last += strides[i] * (shape[i] - 1);
+    return std::find(shape.begin(), shape.end(), 0) == shape.end() ? (last + 1) * itemsize(DType(dtype)) : 0;
+  }
+
+  // Whether a tensor like this can be lazy: a complex one, or a real one that came out of a complex one (`z.conj().imag`),
+  // no dimension of which steps from one element to the next in memory.
+  bool may_be_lazy() const {
+    return is_complex || (!strides.empty() && std::find(strides.begin(), strides.end(), 1) == strides.end());
   }
 
   bool is_on_device_of(const TensorInfo& now) const {
@@ -217,7 +254,7 @@ struct Layout {
 
   // All but the device. Strides of dimensions of size 1 say nothing.
   bool fits(const TensorInfo& now) const {
-    if (size_t(now.ndim) != shape.size() || now.dtype != dtype) return false;
+    if (size_t(now.ndim) != shape.size() || now.dtype != dtype || now.is_complex != is_complex) return false;
     for (int32_t i = 0; i < now.ndim; ++i) {
       if (now.shape[i] != shape[i] || (now.shape[i] > 1 && now.strides[i] != strides[i])) return false;
     }
@@ -266,9 +303,15 @@ class Bucket {
            const py::object& extra, int rule, int group, bool is_strided) {
     Planned planned;
     planned.param = remember(param);
-    planned.grad_layout = grad.is_none() ? planned.param.layout : remember(grad).layout;
+    planned.grad_layout = planned.param.layout;
+    char* grad_data = nullptr;
+    if (!grad.is_none()) {
+      const Seen seen = remember(grad);
+      planned.grad_layout = seen.layout;
+      grad_data = seen.data;
+    }
     planned.grad_type = grad.is_none() ? tensor_type : Py_TYPE(grad.ptr());
-    planned.grad_may_be_negated = planned.grad_layout->has_gaps();
+    planned.may_be_lazy = planned.grad_layout->may_be_lazy();
     planned.entry = int(table_.entries.size());
     Entry entry;
     entry.shape = planned.param.layout->shape;
@@ -277,7 +320,7 @@ class Bucket {
     entry.rule = rule;
     entry.group = group;
     entry.operands[Entry::param] = operand(planned.param.data, *planned.param.layout, is_strided);
-    entry.operands[Entry::grad] = operand(nullptr, *planned.grad_layout, is_strided);
+    entry.operands[Entry::grad] = operand(grad_data, *planned.grad_layout, is_strided);
     for (size_t i = 0; i < states.size(); ++i) {
       if (states[i].is_none()) continue;
       const Seen& state = planned.written[planned.num_written++] = remember(states[i]);
@@ -294,7 +337,26 @@ class Bucket {
     planned_.push_back(planned);
   }
 
-  void finish() { table_.make_chunks(); }
+  void finish() {
+    table_.make_chunks();
+    for (const Planned& planned : planned_) {
+      if (planned.entry < 0) continue;
+      planned.for_each([this](const Seen& tensor) {
+        const int64_t extent = tensor.layout->extent();
+        if (extent > 0) written_.push_back({tensor.data, tensor.data + extent});
+      });
+    }
+    std::sort(written_.begin(), written_.end());
+    size_t last = 0;  // views woven into each other become one stretch
+    for (size_t i = 1; i < written_.size(); ++i) {
+      if (written_[i].first < written_[last].second) {
+        written_[last].second = std::max(written_[last].second, written_[i].second);
+      } else {
+        written_[++last] = written_[i];
+      }
+    }
+    if (!written_.empty()) written_.resize(last + 1);
+  }
 
   // Reads every parameter's, state's and gradient's address again. False: something is not as planned, make a new plan.
   // Holds on to the gradients it saw until release(). It is waiting for memory, mostly, so several threads do it.
@@ -309,11 +371,10 @@ class Bucket {
         [&](int64_t i) {
           for (size_t k = size_t(i * piece); k < size_t(std::min(count, (i + 1) * piece)); ++k) {
             prefetch_after(k);
-            if (!planned_[k].unmoved()) is_same = false;
+            if (!planned_[k].unmoved() || !counts_up(planned_[k])) is_same = false;
           }
         },
         [&] { are_grads_same = refresh_grads(); });
-    if (PyErr_Occurred()) throw py::error_already_set();
     return is_same && are_grads_same;
   }
 
@@ -350,28 +411,28 @@ class Bucket {
     return -1;
   }
 
-  // increment_version(written) tells autograd; it must not fail. The other threads begin meanwhile.
+  // increment_version(written) tells autograd; the other threads begin meanwhile. An interrupt in it comes out when the
+  // update is complete.
   void update(const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef, int num_threads,
               const py::function& increment_version, const py::list& written) {
-    std::optional<py::error_already_set> interrupt;
     std::optional<py::gil_scoped_release> unlocked;
     const auto lead = [&] {
-      try {
-        increment_version(written);
-      } catch (py::error_already_set& error) {
-        interrupt.emplace(error);
-      }
+      increment_version(written);
       unlocked.emplace();
     };
-    cpu::update(table_, hyper, grad_coef, num_threads, lead);
-    unlocked.reset();
-    if (interrupt) throw *interrupt;
+    try {
+      cpu::update(table_, hyper, grad_coef, num_threads, lead);
+    } catch (const py::error_already_set&) {
+      increment_version(written);  // perhaps it did not get so far
+      throw;
+    }
   }
 
   // Bytes it holds beyond the tensors themselves.
   size_t scratch_bytes() const {
     return table_.entries.size() * sizeof(Entry) + table_.chunks.size() * (sizeof(Chunk) + sizeof(double)) +
-           table_.batches.size() * sizeof(Batch) + planned_.size() * sizeof(Planned);
+           table_.batches.size() * sizeof(Batch) + planned_.size() * sizeof(Planned) +
+           written_.size() * sizeof(written_[0]);
   }
 
  private:
@@ -382,7 +443,7 @@ class Bucket {
     Seen param;
     PyTypeObject* grad_type = nullptr;
     const Layout* grad_layout = nullptr;
-    bool grad_may_be_negated = false;
+    bool may_be_lazy = false;  // the gradient, and the parameter too where it is complex
     Seen written[max_states + 2];  // states, step count, extra
     int num_written = 0;
     int entry = -1;  // index into the table; -1: idle
@@ -402,7 +463,21 @@ class Bucket {
     }
   };
 
-  // The part of refresh that needs the interpreter. False: not as planned, or a Python error is set.
+  // Whether an update may write between these addresses.
+  bool is_written(const char* data, int64_t extent) const {
+    const auto after = std::upper_bound(written_.begin(), written_.end(), data + extent - 1,
+                                        [](const char* address, const auto& stretch) { return address < stretch.first; });
+    return after != written_.begin() && std::prev(after)->second > data && extent > 0;
+  }
+
+  // Whether a parameter's step count, and the other scalar that it may keep, are numbers >= 0.
+  bool counts_up(const Planned& planned) const {
+    if (planned.entry < 0) return true;
+    const Entry& entry = table_.entries[planned.entry];
+    return *entry.step >= 0 && entry.read_extra() >= 0;
+  }
+
+  // The part of refresh that needs the interpreter. False: not as planned.
   bool refresh_grads() {
     TensorInfo now;
     num_active_ = 0;
@@ -410,7 +485,7 @@ class Bucket {
     for (const Planned& planned : planned_) {
       const bool is_idle = planned.entry < 0;
       PyObject* grad = grad_of(planned.param.object);
-      if (grad == nullptr) return false;
+      if (grad == nullptr) throw py::error_already_set();
       const bool is_active = grad != Py_None;
       if (!is_active) {
         Py_DECREF(grad);
@@ -427,8 +502,10 @@ class Bucket {
           !planned.grad_layout->is_on_device_of(now))
         return false;
       if (now.data == nullptr && entry.numel > 0) return false;  // its storage was freed
-      if (planned.grad_may_be_negated && is_negated(grad)) return false;
-      entry.operands[Entry::grad].data = now.data;
+      if (planned.may_be_lazy && (is_lazy(grad) || is_lazy(planned.param.object))) return false;
+      char*& planned_data = entry.operands[Entry::grad].data;
+      if (now.data != planned_data && is_written(now.data, planned.grad_layout->extent())) return false;
+      planned_data = now.data;
     }
     return true;
   }
@@ -458,6 +535,7 @@ class Bucket {
   std::deque<Layout> layouts_;  // stay where they are as more come
   Table table_;
   std::vector<Planned> planned_;
+  std::vector<std::pair<char*, char*>> written_;  // where parameters and states lie: sorted, apart; [begin, end)
   std::vector<PyObject*> held_;
   size_t num_active_ = 0;
 };
@@ -480,6 +558,7 @@ py::dict rule_table() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("interface") = FUSEDOPT_INTERFACE;
   m.attr("rules") = rule_table();
   py::list dtypes;
   for (const char* name : dtype_names) dtypes.append(name);

@@ -36,6 +36,20 @@ struct Entry {
   DType extra_dtype = DType::float32;
   bool is_active = false;    // has a gradient in this step
 
+  double read_extra() const {
+    if (extra == nullptr) return 0;
+    return extra_dtype == DType::float64 ? *reinterpret_cast<double*>(extra) : *reinterpret_cast<float*>(extra);
+  }
+
+  void write_extra(double value) const {
+    if (extra == nullptr) return;
+    if (extra_dtype == DType::float64) {
+      *reinterpret_cast<double*>(extra) = value;
+    } else {
+      *reinterpret_cast<float*>(extra) = float(value);
+    }
+  }
+
   // Float64 parameters compute in double, all others in float.
   bool computes_in_double() const { return operands[param].dtype == DType::float64; }
 

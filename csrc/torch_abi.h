@@ -25,7 +25,9 @@ using Constant = int32_t (*)();
   X(dtype_float32, Constant)          \
   X(dtype_float64, Constant)          \
   X(dtype_bfloat16, Constant)         \
-  X(dtype_float16, Constant)
+  X(dtype_float16, Constant)          \
+  X(dtype_complex64, Constant)        \
+  X(dtype_complex128, Constant)
 
 struct Functions {
 #define FO_MEMBER(name, type) type name = nullptr;

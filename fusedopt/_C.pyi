@@ -3,6 +3,8 @@ from typing import Any
 
 import torch
 
+interface: str
+"""Digest of this file as it was at the build; fusedopt/extension.py refuses an extension with another one."""
 rules: dict[str, tuple[int, str, int]]
 """Kernel name -> (index, hyperparameter names in ABI order, number of state slots)."""
 dtype_names: list[str]
@@ -10,7 +12,7 @@ max_dims: int
 has_openmp: bool
 
 torch_functions: list[str]
-"""Names of the functions of torch's C ABI that `use_torch` wants the addresses of, in order."""
+"""Names of the functions of torch's C ABI that `use_torch` wants the addresses of (0: it has none), in order."""
 
 def use_torch(tensor: type, functions: list[int], known: list[tuple[torch.Tensor, int]]) -> bool: ...
 def available_isas() -> list[str]: ...

@@ -6,17 +6,25 @@ import sys
 import torch
 
 import fusedopt
-from fusedopt import _C, backends
-from fusedopt.backends import cuda
+from fusedopt import backends
+from fusedopt.backends import cpu, cuda
+from fusedopt.extension import _C
 
 
 def doctor() -> None:
-    isas = ", ".join(name + (" (used)" if name == _C.isa() else "") for name in _C.available_isas())
+    kernels = "none"
+    if _C:
+        isas = ", ".join(name + (" (used)" if name == _C.isa() else "") for name in _C.available_isas())
+        threads = "OpenMP" if _C.has_openmp else "plain threads (built without OpenMP)"
+        reading = (
+            "torch's C ABI" if cpu.reads_by_abi else "Python attributes (slower: this torch's C ABI lacks something)"
+        )
+        kernels = f"{isas}; {threads}; tensors read through {reading}"
     print(
         f"fusedopt     {fusedopt.__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     )
     print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"CPU kernels  {isas}; {'OpenMP' if _C.has_openmp else 'plain threads (built without OpenMP)'}")
+    print(f"CPU kernels  {kernels}")
     print(f"CUDA part    {cuda.devices()[1]}")
     devices = ["cpu"]
     if torch.cuda.is_available():

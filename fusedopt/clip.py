@@ -20,6 +20,7 @@ from torch.utils.weak import TensorWeakRef
 
 from fusedopt.errors import UNCHANGED
 from fusedopt.plan import Plan, combine_norms
+from fusedopt.rules import number
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
@@ -31,11 +32,11 @@ def check_max_norm(name: str, max_norm: float | None) -> float | None:
     """The limit as a float; None stays None.
 
     Raises:
-        ValueError: negative or NaN.
+        ValueError: negative, NaN or not a number.
     """
     if max_norm is None:
         return None
-    value = float(max_norm)
+    value = number(name, max_norm)
     if not value >= 0:
         raise ValueError(f"{name} must be >= 0 (inf: compute the norm, do not clip), got {max_norm}")
     return value
@@ -130,7 +131,7 @@ class Clip:
         self._pending = Pending(coef, is_finite, seen)
 
     def take(self, plan: Plan, grad_scale: float, found_inf: bool) -> float | None:
-        """What this step multiplies gradients with; None if it is to be skipped.
+        """What this step multiplies gradients with; None if it is to be skipped. `forget` when the step is done.
 
         Args:
             grad_scale: what the loss was multiplied with; the norm is that of the unscaled gradients.
@@ -158,7 +159,6 @@ class Clip:
         if is_finite is False and self.nonfinite == "skip":
             self._skip()
             return None
-        self.forget()
         return coef
 
     def record(self, norm: float, plan: Plan) -> None:

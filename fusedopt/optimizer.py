@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections import defaultdict
@@ -13,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 
 from fusedopt import backends, clip
-from fusedopt.errors import UNCHANGED, name_param
-from fusedopt.plan import PARAM_DTYPES, Plan, state_dtype
-from fusedopt.rules import Rule, check_options
+from fusedopt.errors import UNCHANGED, name_param, short_dtype
+from fusedopt.plan import PARAM_DTYPES, Plan, compute_dtype, state_dtype
+from fusedopt.rules import Rule, check_options, number
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -49,11 +50,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{type(self).__name__} does not support differentiable=True; use torch.optim for it")
         self._clip = clip.Clip(max_grad_norm, nonfinite)
         self._backend = backend
-        backends.resolve(backend)
+        resolved = backends.resolve(backend)
         self._plan: Plan | None = None
         self._in_step: dict[int, int] = {}  # process -> the thread that is in a step
         changed = {name: value for name, value in own_options.items() if value != self.rule.own_options[name]}
         super().__init__(params, {**defaults, **changed})
+        if resolved == "auto":
+            for kind in {param.device.type for group in self.param_groups for param in group["params"]}:
+                backends.warn_of_fallback(kind)
 
     # ---- groups ------------------------------------------------------------------------------------------------
 
@@ -105,15 +109,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._planned("step") as plan:
-            coef = self._clip.take(plan, *self._amp())
+            coef = self._clip.take(plan, *self._amp(plan.owner))
             if coef is not None:
                 plan.update(coef)
+                self._clip.forget()  # only now: a step that fails must still clip when it is tried again
         return loss
 
-    def _amp(self) -> tuple[float, bool]:
+    def _amp(self, owner: str) -> tuple[float, bool]:
         """GradScaler's attributes: what to divide gradients by, and whether it found a gradient that is not finite."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return 1.0 if grad_scale is None else float(grad_scale), found_inf is not None and bool(found_inf)
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"{owner}: grad_scale must be positive and finite, got {scale}; {UNCHANGED}")
+        return scale, found_inf is not None and bool(found_inf)
 
     @contextlib.contextmanager
     def _planned(self, caller: str) -> Iterator[Plan]:
@@ -132,7 +140,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 plan.owner = owner
             if plan is None or not plan.refresh(self.param_groups, self.state):
                 self._plan = None
-                plan = Plan(owner, self.rule, self.param_groups, self.state, self._backend)
+                plan = Plan(owner, self.rule, self.param_groups, self.state)
+                plan.make(self.param_groups, self._backend)  # apart, so that an interrupt finds the state it made
                 if not plan.refresh(self.param_groups, self.state):
                     raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
                 self._plan = plan
@@ -214,14 +223,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: the checkpoint is of another model or class; the first differences are listed. Then the
                 optimizer is unchanged.
         """
-        state_dict = state_dict.copy()
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"{type(self).__name__}.load_state_dict needs a dict, got a {type(state_dict).__name__}")
+        state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        param_groups = deepcopy(state_dict["param_groups"])
-        differences = [*self._group_differences(param_groups)]
+        differences = [*self._group_differences(state_dict)]
         if not differences:
+            param_groups = deepcopy(state_dict["param_groups"])
             pairs = zip(self.param_groups, param_groups, strict=True)
             ids = [
                 (saved_id, param, f"param_groups[{g}]['params'][{i}]")
@@ -255,11 +266,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _group_differences(self, saved_groups: list[dict[str, Any]]) -> Iterator[str]:
+    def _group_differences(self, state_dict: dict[str, Any]) -> Iterator[str]:
+        saved_groups, saved_state = state_dict.get("param_groups"), state_dict.get("state")
+        if not isinstance(saved_groups, list) or not isinstance(saved_state, Mapping):
+            yield "it needs 'param_groups', a list, and 'state', a dict; it is no optimizer's state_dict()"
+            return
         if len(saved_groups) != len(self.param_groups):
             yield f"it has {len(saved_groups)} parameter groups, the optimizer {len(self.param_groups)}"
             return
         for g, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), list):
+                yield f"param_groups[{g}] has no list 'params'"
+                continue
             if len(saved["params"]) != len(group["params"]):
                 yield f"param_groups[{g}] has {len(saved['params'])} parameters, the optimizer's {len(group['params'])}"
             try:
@@ -267,32 +285,31 @@ class FusedOptimizer(torch.optim.Optimizer):
             except (ValueError, TypeError) as error:
                 yield f"param_groups[{g}]: {error}"
 
-    def _state_differences(self, ids: list[tuple], saved_state: dict[Any, dict[str, Any]]) -> Iterator[str]:
+    def _state_differences(self, ids: list[tuple], saved_state: Mapping[Any, Any]) -> Iterator[str]:
+        own_states = {state.name: state for state in self.rule.states}
+        scalars = ["step"] * self.rule.keeps_step + [self.rule.extra] * bool(self.rule.extra)
+        needed = [*scalars, *(name for name, state in own_states.items() if state.option is None)]
+        param_of: dict[Any, torch.Tensor] = {}
         for saved_id, param, where in ids:
+            if param_of.setdefault(saved_id, param) is not param:
+                yield f"{where}: it has the same id, {saved_id!r}, as another parameter"
             saved = saved_state.get(saved_id)
-            if not saved or all(value is None for value in saved.values()):
+            if saved is None or (isinstance(saved, Mapping) and all(value is None for value in saved.values())):
                 continue
-            own = {"step", self.rule.extra, *(state.name for state in self.rule.states)}
-            for name in saved:
-                if name not in own:
-                    yield f"{where}: {type(self).__name__} has no state {name!r}"
-            scalars = ["step"] * self.rule.keeps_step + [self.rule.extra] * bool(self.rule.extra)
-            for name in [*scalars, *(state.name for state in self.rule.states if state.option is None)]:
+            if not isinstance(saved, Mapping):
+                yield f"{where}: its state is a {type(saved).__name__}, not a dict"
+                continue
+            for name in needed:
                 if saved.get(name) is None:
                     yield f"{where}: state {name!r} is missing (it has {', '.join(map(str, saved))})"
-            for name in ("step", self.rule.extra):
-                value = saved.get(name)
-                if value is None:
-                    continue
-                if isinstance(value, torch.Tensor) and value.numel() != 1:
-                    yield f"{where}: {name} has shape {tuple(value.shape)}, not one value"
-                elif not float(value) >= 0:
-                    yield f"{where}: {name} is {float(value)}"
-            for state in self.rule.states:
-                value = saved.get(state.name)
-                if value is not None and (not isinstance(value, torch.Tensor) or value.shape != param.shape):
-                    shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-                    yield f"{where}: state {state.name!r} has shape {shape}, the parameter {tuple(param.shape)}"
+            for name, value in saved.items():
+                is_own = name in own_states or name in ("step", self.rule.extra)
+                if not is_own:
+                    yield f"{where}: {type(self).__name__} has no state {name!r}"
+                elif value is not None:
+                    reason = _misfit(value, param) if name in own_states else _no_count(value)
+                    if reason:
+                        yield f"{where}: state {name!r} {reason}"
 
     def _loaded(self, param: torch.Tensor, name: str, value: Any) -> Any:
         """A copy of one saved value in the form that steps keep it in."""
@@ -300,6 +317,31 @@ class FusedOptimizer(torch.optim.Optimizer):
             own = torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)
             return own.copy_(value)
         if name == "step" or name == self.rule.extra:
-            dtype = torch.float32 if name == "step" else state_dtype(param)
+            dtype = torch.float32 if name == "step" else compute_dtype(param)
             return torch.tensor(float(value), dtype=dtype, device="cpu")
         return value.detach().clone() if isinstance(value, torch.Tensor) else deepcopy(value)
+
+
+def _misfit(value: Any, param: torch.Tensor) -> str | None:
+    """Why a saved value cannot become a state of that parameter."""
+    if not isinstance(value, torch.Tensor):
+        return f"is a {type(value).__name__}, not a tensor"
+    if value.shape != param.shape:
+        return f"has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}"
+    if value.layout != torch.strided or value.is_meta:
+        return "is on the meta device, it has no values" if value.is_meta else f"has layout {value.layout}"
+    is_number = value.is_floating_point() or value.is_complex()
+    if not is_number or value.is_complex() != param.is_complex():
+        return f"is {short_dtype(value)}, the parameter {short_dtype(param)}"
+    return None
+
+
+def _no_count(value: Any) -> str | None:
+    """Why a saved value cannot become a step count, or another scalar that counts up."""
+    if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_meta):
+        return f"has shape {tuple(value.shape)} on {value.device}, not one value"
+    try:
+        count = number("it", value)
+    except ValueError:
+        return f"is {value!r}, not a number"
+    return None if 0 <= count < math.inf else f"is {count}"

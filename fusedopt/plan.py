@@ -7,27 +7,38 @@ plan still holds (`Plan.refresh`): the same objects, at the same addresses, with
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fusedopt import _C, backends
+from fusedopt import backends
 from fusedopt.errors import UNCHANGED, name_param, short_dtype
-from fusedopt.rules import Rule, check_options
+from fusedopt.extension import _C
+from fusedopt.rules import Rule, check_options, flag
 
-PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_DIMS = 64  # of torch's reductions and of the C++ table
+PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+
+
+def compute_dtype(param: torch.Tensor) -> torch.dtype:
+    """What a parameter is computed in: float64 for float64 and complex128, float32 for everything narrower."""
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def state_dtype(param: torch.Tensor) -> torch.dtype:
-    """What a parameter is computed and its states are kept in: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
+    """What a parameter's states are kept in: the dtype it is computed in, or the complex one made of two of these."""
+    return param.dtype if param.is_complex() else compute_dtype(param)
 
 
 def grad_dtypes(param: torch.Tensor) -> tuple[torch.dtype, ...]:
     """The gradient dtypes a parameter takes: its own, and those that convert to the type it is computed in."""
-    return PARAM_DTYPES if param.dtype == torch.float64 else (torch.float32, torch.bfloat16, torch.float16)
+    if param.is_complex():
+        return (param.dtype,)
+    real = (torch.float32, torch.bfloat16, torch.float16)
+    return (*real, torch.float64) if param.dtype == torch.float64 else real
 
 
 @dataclass(slots=True)
@@ -56,17 +67,33 @@ class Entry:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return state_dtype(self.param)
+        return compute_dtype(self.param)
 
     def __str__(self) -> str:
         return name_param(self.group, self.index, self.name, self.param)
 
 
+@dataclass(slots=True)
+class _Span:
+    """A tensor of a plan and the addresses between which its elements lie."""
+
+    entry: Entry
+    tensor: torch.Tensor
+    what: str
+    device: str = field(init=False)
+    begin: int = field(init=False)
+    end: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device, self.begin = str(self.tensor.device), self.tensor.data_ptr()
+        self.end = self.begin + _extent(self.tensor) * self.tensor.element_size()
+
+
 class Plan:
-    """All parameters of an optimizer, in buckets of one device and backend.
+    """All parameters of an optimizer, in buckets of one device and backend, once it is made.
 
     Raises:
-        ValueError, TypeError, RuntimeError: naming the parameter and the reason; then nothing has been changed.
+        ValueError, TypeError: naming the group whose options are wrong.
     """
 
     def __init__(
@@ -75,7 +102,6 @@ class Plan:
         rule: Rule,
         param_groups: list[dict[str, Any]],
         state: dict[torch.Tensor, dict[str, Any]],
-        backend: str | None,
     ):
         self.owner = owner
         self.rule = rule
@@ -83,30 +109,33 @@ class Plan:
         self._options = [None] * len(param_groups)
         self._read_options(param_groups)
         self._fresh: list[tuple[Entry, float, list[str]]] = []  # its step count then, names of the states made
+        self.buckets = []
 
+    def make(self, param_groups: list[dict[str, Any]], backend: str | None) -> None:
+        """Checks every parameter, gradient and state, and makes the state that is missing; see `discard_fresh_state`.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: naming the parameter and the reason.
+        """
         entries = self._collect(param_groups)
         chosen = {device: backends.choose(device, backend) for device in {entry.param.device for entry in entries}}
-        try:
-            for entry in entries:
-                self._attach_state(entry, param_groups[entry.group], state)
-            planned = [entry for entry in entries if not entry.is_idle]
-            self._check_overlap(planned)
-            is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
-            self.norm_dtype = torch.float64 if is_double else torch.float32
-            self.norm_device = planned[0].param.device if planned else torch.device("cpu")
-            self.buckets = []
-            for device, module in chosen.items():
-                self.buckets.append(module.Bucket(rule, [entry for entry in entries if entry.param.device == device]))
-            self._watch = _C.Watch(param_groups, state)
-            # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
-            self._pinned = (
-                [[group["params"], *group["params"]] for group in param_groups],
-                [[values, *(values.values() if isinstance(values, dict) else ())] for values in state.values()],
-                [tensor.untyped_storage() for entry in planned for tensor in entry.written if tensor is not None],
-            )
-        except BaseException:
-            self.discard_fresh_state()
-            raise
+        for entry in entries:
+            self._attach_state(entry, param_groups[entry.group], self._state)
+        planned = [entry for entry in entries if not entry.is_idle]
+        self._check_overlap(planned)
+        is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
+        self.norm_dtype = torch.float64 if is_double else torch.float32
+        self.norm_device = planned[0].param.device if planned else torch.device("cpu")
+        for device, module in chosen.items():
+            self.buckets.append(module.Bucket(self.rule, [entry for entry in entries if entry.param.device == device]))
+        # None: then every bucket is the reference's, which is good for one step.
+        self._watch = _C.Watch(param_groups, self._state) if _C else None
+        # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
+        self._pinned = (
+            [[group["params"], *group["params"]] for group in param_groups],
+            [[values, *(values.values() if isinstance(values, dict) else ())] for values in self._state.values()],
+            [tensor.untyped_storage() for entry in planned for tensor in entry.written if tensor is not None],
+        )
 
     # ---- is the plan still right? ------------------------------------------------------------------------------
 
@@ -114,7 +143,7 @@ class Plan:
         """Reads hyperparameters and gradient addresses of this step. False: make a new plan; nothing was changed."""
         return (
             len(param_groups) == len(self._options)
-            and self._watch.unchanged(param_groups, state)
+            and (self._watch is None or self._watch.unchanged(param_groups, state))
             and self._read_options(param_groups)
             and all([bucket.refresh() for bucket in self.buckets])  # noqa: C419  each must read its gradients
         )
@@ -125,7 +154,7 @@ class Plan:
         known = list(self._options)  # replaced only when all groups are valid: a refusal must not lose a change
         for index, group in enumerate(param_groups):
             try:
-                options = (self.rule.scalars(group), bool(group["maximize"]), self.rule.variant(group))
+                options = (self.rule.scalars(group), flag("maximize", group["maximize"]), self.rule.variant(group))
                 if options == known[index] and not group.get("differentiable"):
                     continue
                 check_options(self.rule, group)
@@ -235,12 +264,11 @@ class Plan:
             self._fail(RuntimeError, entry, f"{what} is on the meta device, it has no values")
         if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             self._fail(TypeError, entry, f"{what} is a {type(tensor).__name__}; this tensor subclass is not supported")
-        if tensor.is_neg():
-            self._fail(RuntimeError, entry, f"{what} is a lazy negative view; call resolve_neg() on it")
-        if tensor.dim() > _C.max_dims:
-            self._fail(
-                RuntimeError, entry, f"{what} has {tensor.dim()} dimensions; at most {_C.max_dims} are supported"
-            )
+        for is_lazy, kind, remedy in ((tensor.is_neg(), "negative", "neg"), (tensor.is_conj(), "conjugate", "conj")):
+            if is_lazy:
+                self._fail(RuntimeError, entry, f"{what} is a lazy {kind} view; call resolve_{remedy}() on it")
+        if tensor.dim() + tensor.is_complex() > MAX_DIMS:  # the table has a complex tensor as pairs
+            self._fail(RuntimeError, entry, f"{what} has {tensor.dim()} dimensions; at most {MAX_DIMS} are supported")
         try:
             held = tensor.untyped_storage().nbytes()
         except (RuntimeError, NotImplementedError):
@@ -249,41 +277,62 @@ class Plan:
             self._fail(RuntimeError, entry, f"{what} has lost its memory: {held} bytes are left of its storage")
 
     def _check_overlap(self, entries: list[Entry]) -> None:
-        """Two parameters over the same memory would race."""
-        entries = [entry for entry in entries if entry.param.numel() > 0]
-        entries.sort(key=lambda entry: (str(entry.param.device), entry.param.data_ptr()))
-        cluster, end = [], 0  # neighbours, each of which begins before the ones so far end
-        for entry in entries:
-            param = entry.param
-            if cluster and (param.device != cluster[0].param.device or param.data_ptr() >= end):
-                self._check_cluster(cluster)
-                cluster = []
-            end = max(end if cluster else 0, param.data_ptr() + _extent(param) * param.element_size())
-            cluster.append(entry)
-        self._check_cluster(cluster)
+        """What a step writes lies apart, from each other and from what it reads: else elements would race.
 
-    def _check_cluster(self, cluster: list[Entry]) -> None:
-        """The same for parameters whose stretches of memory overlap, but perhaps not their elements: byte by byte."""
-        if len(cluster) < 2:
+        A gradient may be the very memory of its own parameter: each element is then read before it is written.
+        """
+        written = []
+        for entry in entries:
+            names = ["parameter", *(f"state {state.name!r}" for state in self.rule.states), "state 'step'"]
+            tensors = zip((entry.param, *entry.written), (*names, f"state {self.rule.extra!r}"), strict=True)
+            written += [_Span(entry, tensor, what) for tensor, what in tensors if tensor is not None and tensor.numel()]
+        written.sort(key=lambda span: (span.device, span.begin))
+        clusters: list[list[_Span]] = []  # of neighbours, each of which begins before the ones so far end
+        end = 0
+        for span in written:
+            if not clusters or span.device != clusters[-1][0].device or span.begin >= end:
+                clusters.append([])
+                end = 0
+            clusters[-1].append(span)
+            end = max(end, span.end)
+        for cluster in clusters:
+            self._check_apart(cluster)
+        starts = [(cluster[0].device, cluster[0].begin) for cluster in clusters]
+        for entry in entries:
+            grad = entry.param.grad
+            if grad is None or grad.numel() == 0 or _is_same_memory(grad, entry.param):
+                continue
+            span = _Span(entry, grad, "gradient")
+            for cluster in clusters[max(bisect_right(starts, (span.device, span.begin)) - 1, 0) :]:
+                if (cluster[0].device, cluster[0].begin) >= (span.device, span.end):
+                    break
+                if cluster[0].device == span.device and max(other.end for other in cluster) > span.begin:
+                    self._check_apart([*cluster, span])
+
+    def _check_apart(self, spans: list[_Span]) -> None:
+        """Stretches of memory that overlap may still have no element in common."""
+        dense = sorted((span for span in spans if _is_dense(span.tensor)), key=lambda span: span.begin)
+        for span, other in zip(dense[1:], dense, strict=False):  # the usual case, without a map
+            if span.begin < other.end:
+                self._fail_apart(span, other)
+        if len(spans) < 2:
             return
-        begin = cluster[0].param.data_ptr()
-        stretches = [(e.param.data_ptr() - begin, _extent(e.param) * e.param.element_size()) for e in cluster]
-        dense_end, dense = 0, None
-        for entry, (offset, length) in zip(cluster, stretches, strict=True):  # the usual case, without a map
-            if _is_dense(entry.param):
-                if offset < dense_end:
-                    self._fail(ValueError, entry, f"shares memory with {dense}; give the optimizer one of them")
-                dense_end, dense = offset + length, entry
-        size = max(offset + length for offset, length in stretches)
-        owner = torch.full((size,), -1, dtype=torch.int32, device="cpu")  # index of the parameter a byte belongs to
-        for i, (entry, (offset, _)) in enumerate(zip(cluster, stretches, strict=True)):
-            param, width = entry.param, entry.param.element_size()
-            strides = (*(stride * width for stride in param.stride()), 1)
-            own = owner.as_strided((*param.shape, width), strides, offset)
+        begin = min(span.begin for span in spans)
+        owner = torch.full((max(span.end for span in spans) - begin,), -1, dtype=torch.int32, device="cpu")
+        for i, span in enumerate(spans):  # owner: index of the span that a byte belongs to
+            width = span.tensor.element_size()
+            strides = (*(stride * width for stride in span.tensor.stride()), 1)
+            own = owner.as_strided((*span.tensor.shape, width), strides, span.begin - begin)
             other = int(own.max())
             if other >= 0:
-                self._fail(ValueError, entry, f"shares memory with {cluster[other]}; give the optimizer one of them")
+                self._fail_apart(span, spans[other])
             own.fill_(i)
+
+    def _fail_apart(self, span: _Span, other: _Span) -> None:
+        if other.what == "gradient":
+            span, other = other, span
+        owner = "" if span.entry is other.entry else f" of {other.entry}"
+        self._fail(ValueError, span.entry, f"{span.what} shares memory with {other.what}{owner}; they must lie apart")
 
     def _attach_state(self, entry: Entry, group: Mapping[str, Any], state: dict[torch.Tensor, dict[str, Any]]) -> None:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
@@ -304,10 +353,12 @@ class Plan:
             scalars[rule.extra] = 1.0
         for name, initial in scalars.items():
             # As torch: a plain 0-d float32 on the host; what multiplies up over the run, in the states' dtype.
-            dtype = torch.float32 if name == "step" else state_dtype(param)
+            dtype = torch.float32 if name == "step" else compute_dtype(param)
             value = known.get(name)
             if isinstance(value, torch.Tensor):
                 self._check_plain(entry, value, f"state {name!r}")
+            if value is not None and not float(value) >= 0:
+                self._fail(ValueError, entry, f"state {name!r} is {float(value)}")
             if not _is_scalar_of(value, dtype):
                 made[name] = torch.tensor(initial if value is None else float(value), dtype=dtype, device="cpu")
         for i, kept in enumerate(stored):
@@ -317,7 +368,8 @@ class Plan:
             if value is None:
                 value = torch.zeros_like(param, dtype=state_dtype(param), requires_grad=False)
                 if kept.initial is not None:
-                    value.fill_(float(group[kept.initial]))
+                    initial = float(group[kept.initial])
+                    value.fill_(complex(initial, initial) if value.is_complex() else initial)
                 made[kept.name] = value
             self._check_state(entry, kept.name, value)
             entry.states[i] = value
@@ -384,6 +436,11 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 def _extent(tensor: torch.Tensor) -> int:
     """How many elements of memory lie between its first element and its last, both included; 1 or more."""
     return 1 + sum(stride * (size - 1) for stride, size in _dims(tensor))
+
+
+def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have every element in the same place."""
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and _same_strides(a, b)
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:

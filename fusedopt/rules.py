@@ -21,6 +21,23 @@ class State:
     initial: str | None = None  # the group option that holds its first value; None: 0
 
 
+def number(name: str, value: Any) -> float:
+    """An option's value as a float: a number, or a tensor of one element. A bool or a string is a mistake, not a number."""
+    try:
+        if not isinstance(value, (bool, str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def flag(name: str, value: Any) -> bool:
+    """An option that is on or off."""
+    if isinstance(value, int) and value in (0, 1):  # True and False too
+        return bool(value)
+    raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Rule:
     """One update rule and everything that may be known about it without knowing its formula."""
@@ -40,15 +57,20 @@ class Rule:
         """A group's option; one of ours that the group does not mention has its default."""
         return group[name] if name in group else self.own_options[name]
 
+    def keeps(self, group: Mapping[str, Any], state: State) -> bool:
+        """Whether a group's options ask for a state."""
+        if state.option is None:
+            return True
+        value = self.option(group, state.option)
+        return number(state.option, value) != 0 if state.option in RANGES else flag(state.option, value)
+
     def stored(self, group: Mapping[str, Any]) -> tuple[State | None, ...]:
         """The state slots of this rule, None where the group's options leave one out."""
-        return tuple(
-            state if state.option is None or self.option(group, state.option) else None for state in self.states
-        )
+        return tuple(state if self.keeps(group, state) else None for state in self.states)
 
     def variant(self, group: Mapping[str, Any]) -> str:
         """Name of the kernel for a group's options: the rule, then the options that add a state."""
-        options = sorted({state.option for state in self.states if state.option and self.option(group, state.option)})
+        options = sorted({state.option for state in self.states if state.option and self.keeps(group, state)})
         return "_".join([self.name, *options])
 
     def scalars(self, group: Mapping[str, Any]) -> tuple[float, ...]:
@@ -63,10 +85,7 @@ class Rule:
                 label, value = f"betas[{index}]", betas[index]
             else:
                 value = self.option(group, name)
-            try:
-                values.append(float(value))
-            except (TypeError, ValueError, RuntimeError):
-                raise ValueError(f"{label} must be a number, got {value!r}") from None
+            values.append(number(label, value) if name in RANGES else float(flag(label, value)))
         return tuple(values)
 
 
@@ -200,13 +219,16 @@ def check_options(rule: Rule, group: Mapping[str, Any]) -> tuple[float, ...]:
     """A group's scalars in ABI order, or ValueError saying which hyperparameter is out of which range."""
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not supported; use torch.optim for it")
+    flag("maximize", group["maximize"])
+    rule.stored(group)  # the options that ask for a state
     scalars = rule.scalars(group)
     for name, value in zip(rule.hyper, scalars, strict=True):
         if name in RANGES:
             _check_range(name, value, *RANGES[name], given=_given(group, name))
     for state in rule.states:
         if state.initial is not None:
-            _check_range(state.initial, float(group[state.initial]), 0, math.inf, False, given=group[state.initial])
+            initial = number(state.initial, group[state.initial])
+            _check_range(state.initial, initial, 0, math.inf, False, given=group[state.initial])
     if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
         raise ValueError(
             f"nesterov=True needs momentum > 0 and dampening = 0, "

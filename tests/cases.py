@@ -103,7 +103,7 @@ class Oracle:
         self.rule = case.rule
         self.function = getattr(reference, case.rule.name)
         self.options = {
-            name: group[name] if name in group else self.rule.own_options[name] for name in _keywords(self.function)
+            name: group[name] if name in group else self.rule.own_options[name] for name in keywords(self.function)
         }
         self.param = _flat(params)
         self.step_count = 0
@@ -129,7 +129,7 @@ class Oracle:
         self.param = self.function(self.param, grad, self.state, self.step_count, **self.options)
 
 
-def _keywords(function) -> list[str]:
+def keywords(function) -> list[str]:
     code = function.__code__
     return list(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
 

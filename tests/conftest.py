@@ -4,6 +4,7 @@ import ctypes
 import sys
 
 import pytest
+import torch
 from helpers import BACKENDS
 
 from fusedopt import backends
@@ -31,3 +32,11 @@ def on_backend(request, monkeypatch):
         pytest.skip(f"backend {request.param}: {reason}")
     monkeypatch.setenv("FUSEDOPT_BACKEND", request.param)
     return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads; the old number comes back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

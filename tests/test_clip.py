@@ -613,6 +613,16 @@ def test_bad_limit_is_refused_everywhere(limit):
     assert optimizer.grad_norm is None
 
 
+@pytest.mark.parametrize("limit", ["1.0", True, torch.tensor([1.0, 2.0]), [1.0]], ids=str)
+def test_limit_that_is_no_number_is_refused(limit):
+    params = make_params(SHAPES)
+    with pytest.raises(ValueError, match=r"^max_grad_norm must be a number, got"):
+        fusedopt.AdamW(params, max_grad_norm=limit)
+    optimizer = fusedopt.AdamW(params)
+    with nothing_changes(optimizer), pytest.raises(ValueError, match=r"^max_norm must be a number, got"):
+        optimizer.clip_grad_norm_(limit)
+
+
 def spent():
     optimizers = iter([fusedopt.SGD(make_params(SHAPES))])
     list(optimizers)

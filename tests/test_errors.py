@@ -112,6 +112,12 @@ def test_option_set_out_of_range_later_is_refused_by_the_step(spec, label, edit,
 
 BAD_VALUES = {
     "a string": {"lr": "fast"},
+    "a number in a string": {"lr": "0.1"},
+    "a bool": {"weight_decay": True},
+    "a switch in words": {"maximize": "no"},
+    "a switch that asks for a state, in words": {"amsgrad": "no"},
+    "a switch as a tensor": {"maximize": torch.tensor(True)},
+    "a switch beyond on": {"nesterov": 2},
     "None": {"lr": None},
     "a tensor of two": {"lr": torch.tensor([0.1, 0.2])},
     "one beta": {"betas": (0.9,)},
@@ -228,7 +234,7 @@ def test_step_that_does_not_happen_makes_no_optional_state(spec, kept, nonfinite
 
 
 @only_on("cpu", "nothing is computed")
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @every_class
 def test_unsupported_parameter_dtype_is_refused_at_construction(spec, dtype):
     params = make_params(SHAPES)
@@ -236,7 +242,7 @@ def test_unsupported_parameter_dtype_is_refused_at_construction(spec, dtype):
     short = str(dtype).removeprefix("torch.")
     message = (
         rf"^{spec.name}: param_groups\[1\]\['params'\]\[1\] \('bad'\), shape \(3, 5\), {short} on cpu: "
-        r"parameters of this dtype are not supported \(supported: float32, float64, bfloat16, float16\)$"
+        r"parameters of this dtype are not supported \(supported: float32, float64, bfloat16, float16, complex64, complex128\)$"
     )
     groups = [{"params": [("good", params[0])]}, {"params": [("fine", params[1]), ("bad", bad)]}]
     with pytest.raises(TypeError, match=message):
@@ -406,10 +412,10 @@ def meta_parameter(optimizer, param):
     optimizer.param_groups[1]["params"][0] = meta
 
 
-def complex_parameter(optimizer, param):
+def float8_parameter(optimizer, param):
     param.grad = None
-    param.data = randn(param.shape).to(torch.complex64)
-    param.grad = randn(param.shape).to(torch.complex64)
+    param.data = randn(param.shape).to(torch.float8_e4m3fn)
+    param.grad = randn(param.shape).to(torch.float8_e4m3fn)
 
 
 def expanded_parameter(optimizer, param):
@@ -487,9 +493,9 @@ REFUSED = {
     ),
     integer_gradient: (RuntimeError, HEAD + r"shape \(5, 3, 3\), float32 on cpu: gradient is int64 \(supported"),
     meta_parameter: (RuntimeError, HEAD + r"shape \(5, 3, 3\), float32 on meta: parameter is on the meta device"),
-    complex_parameter: (
+    float8_parameter: (
         TypeError,
-        HEAD + r"shape \(5, 3, 3\), complex64 on cpu: parameters of this dtype are not supported",
+        HEAD + r"shape \(5, 3, 3\), float8_e4m3fn on cpu: parameters of this dtype are not supported",
     ),
     expanded_parameter: (
         RuntimeError,
@@ -501,12 +507,12 @@ REFUSED = {
     ),
     overlapping_parameters: (
         ValueError,
-        HEAD + r"shape \(5, 3, 3\), float32 on cpu: shares memory with "
-        r"param_groups\[0\]\['params'\]\[1\] \('stem.bias'\), shape \(1021,\), float32 on cpu; give the optimizer one",
+        HEAD + r"shape \(5, 3, 3\), float32 on cpu: parameter shares memory with parameter of "
+        r"param_groups\[0\]\['params'\]\[1\] \('stem.bias'\), shape \(1021,\), float32 on cpu; they must lie apart",
     ),
     interleaved_parameters: (
         ValueError,
-        r"param_groups\[\d\]\['params'\]\[\d\] \('\w+.\w+'\), .* shares memory with param_groups",
+        r"param_groups\[\d\]\['params'\]\[\d\] \('\w+.\w+'\), .* shares memory with parameter of param_groups",
     ),
     gradient_of_many_dimensions: (RuntimeError, HEAD + r".*parameter has 73 dimensions; at most 64 are supported"),
     state_of_another_shape: (
@@ -800,6 +806,97 @@ def test_wrong_number_of_hyperparameters_is_refused_by_the_engine():
     with nothing_changes(optimizer), pytest.raises(IndexError):
         table.update([], [1.0], 1, increment_version, params)
     table.release()
+
+
+def memory_of(optimizer, param, what):
+    """Of the parameter, or of its first state."""
+    if what == "parameter":
+        return param.detach()
+    return next(value for value in optimizer.state[param].values() if value.shape == param.shape)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("other", [0, 1], ids=["own", "another's"])
+@pytest.mark.parametrize("what", ["parameter", "state"])
+@every_class
+def test_gradient_over_what_the_step_writes_is_refused(spec, what, other, backend):
+    """On a warm plan, where only the gradient has moved. Reached by a view that begins one element later."""
+    params = [torch.nn.Parameter(randn((40,), seed=i)) for i in range(2)]
+    optimizer = spec.make(params, backend=backend, **({"momentum": 0.9} if spec.name == "SGD" else {}))
+    train(optimizer, params, 2)
+    written = memory_of(optimizer, params[other], what)
+    pool = torch.empty(41, dtype=written.dtype)
+    moved = pool[:40].copy_(written)
+    if what == "parameter":
+        params[other].data = moved
+    else:
+        written.data = moved
+    train(optimizer, params, 2)
+    params[0].grad = pool[1:]
+    message = rf"{spec.name}.step: param_groups\[0\]\['params'\]\[0\].*: gradient shares memory with {what}.*lie apart; nothing"
+    with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
+        optimizer.step()
+    params[0].grad = pool[1:].clone()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@every_class
+def test_gradient_may_be_its_own_parameter(spec, backend):
+    """Of half the squared norm it is; each element is read before it is written."""
+    param, apart = (torch.nn.Parameter(randn((1021,))) for _ in range(2))
+    optimizers = [spec.make([tensor], backend=backend) for tensor in (param, apart)]
+    for _ in range(3):
+        param.grad, apart.grad = param.detach(), apart.detach().clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same_bits([param], [apart])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("what", ["parameter", "another's state", "another state", "step count"])
+def test_state_over_other_memory_is_refused(what, backend):
+    params = [torch.nn.Parameter(randn((40,), seed=i)) for i in range(2)]
+    optimizer = fusedopt.AdamW(params, backend=backend)
+    train(optimizer, params, 2)
+    first, second = (optimizer.state[param] for param in params)
+    if what == "parameter":
+        first["exp_avg"] = params[0].detach()
+    elif what == "another's state":
+        first["exp_avg"] = second["exp_avg"]
+    elif what == "another state":
+        first["exp_avg"] = first["exp_avg_sq"].view(-1)
+    else:
+        first["step"] = second["step"]
+    message = r"AdamW.step: param_groups\[0\]\['params'\]\[\d\].* shares memory with .*; they must lie apart; nothing"
+    with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("value", [-5.0, math.nan])
+@pytest.mark.parametrize("name", ["step", "mu_product"])
+def test_count_that_counts_nothing_is_refused(name, value, backend):
+    """Written into the tensor by hand, between two steps."""
+    params = make_params(SHAPES)
+    optimizer = fusedopt.NAdam(params, backend=backend)
+    train(optimizer, params, 2)
+    optimizer.state[params[1]][name].fill_(value)
+    message = rf"NAdam.step: param_groups\[0\]\['params'\]\[1\].*: state '{name}' is {value}; nothing was updated"
+    with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0, math.inf, math.nan])
+@every_class
+def test_scale_that_scales_nothing_is_refused(spec, scale):
+    params = make_params(SHAPES)
+    optimizer = spec.make(params)
+    train(optimizer, params, 2)
+    optimizer.grad_scale = torch.tensor(scale)
+    message = rf"{spec.name}.step: grad_scale must be positive and finite, got {scale}; nothing was updated"
+    with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
+        optimizer.step()
 
 
 @every_class

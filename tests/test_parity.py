@@ -1,9 +1,13 @@
 """Every rule x option x dtype against the float64 oracle of cases.py, against torch.optim, and the harness against mutants."""
 
+import copy
+
 import pytest
 import torch
-from cases import CASES, DTYPES, SMALL_SIZES, can_mix_dtypes, check_parity, random_grads, random_params
+from cases import CASES, DTYPES, SMALL_SIZES, Oracle, can_mix_dtypes, check_parity, random_grads, random_params
+from helpers import assert_close, nothing_changes
 
+import fusedopt
 from fusedopt.backends import cpu
 
 
@@ -35,6 +39,21 @@ def test_reference_backend_keeps_the_same_bound(case, dtypes):
     check_parity(case, *dtypes, sizes=SMALL_SIZES, steps=4, backend="reference")
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.rule.name in ("adam", "nadam", "rmsprop")], ids=str)
+def test_second_moment_is_finite_where_the_square_is_not(case):
+    """(1 − β₂) g² may be finite in float32 where g² is not: an order of multiplication that matters."""
+    param = torch.nn.Parameter(torch.ones(17))
+    optimizer = case.make([param])
+    oracle = Oracle(case, optimizer.param_groups[0], [param])
+    param.grad = torch.full((17,), 3e19)
+    oracle.step([param.grad])
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), oracle.param.float())
+    for state in case.rule.stored(optimizer.param_groups[0]):
+        if state is not None:
+            torch.testing.assert_close(optimizer.state[param][state.name], oracle.state[state.name].float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case.twin], ids=str)
 def test_ten_steps_equal_torch_optim(case, dtype):
@@ -53,6 +72,94 @@ def test_ten_steps_equal_torch_optim(case, dtype):
     for a, b, first in zip(ours, theirs, start, strict=True):
         scale = torch.maximum(first.abs(), (b - first).abs().amax() if first.numel() else first)
         assert ((a - b).abs() <= 32 * eps * scale).all()
+
+
+# ---- complex parameters: real pairs ----------------------------------------------------------------------------
+
+
+def complex_values(layout: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    values = torch.randn((7, 5), dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    if layout == "transposed":
+        return values.t().contiguous().t()
+    if layout == "strided":
+        return torch.zeros((7, 10), dtype=dtype)[:, ::2].copy_(values)
+    return values
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_complex_parameter_steps_as_its_real_pairs(case, backend, dtype, layout):
+    """To the bit, states too; and as torch.optim where it has the algorithm."""
+    param = torch.nn.Parameter(complex_values(layout, dtype, 0))
+    pairs = torch.nn.Parameter(torch.view_as_real(complex_values(layout, dtype, 0)))
+    optimizer = case.make([param], backend=backend, max_grad_norm=1.0)
+    of_pairs = case.make([pairs], backend=backend, max_grad_norm=1.0)
+    theirs = torch.nn.Parameter(complex_values(layout, dtype, 0))
+    twin = case.twin([theirs], **{"lr": 0.01, **case.kwargs}) if case.twin else None
+    for step in range(1, 5):
+        param.grad, theirs.grad = complex_values(layout, dtype, step), complex_values(layout, dtype, step)
+        pairs.grad = torch.view_as_real(complex_values(layout, dtype, step))
+        optimizer.step()
+        of_pairs.step()
+        assert optimizer.grad_norm == of_pairs.grad_norm > 1
+        if twin:
+            torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+            twin.step()
+    assert torch.equal(torch.view_as_real(param.detach()), pairs)
+    for name, state in optimizer.state[param].items():
+        assert torch.equal(torch.view_as_real(state) if state.is_complex() else state, of_pairs.state[pairs][name])
+    if twin:
+        assert_close([torch.view_as_real(param.detach())], [torch.view_as_real(theirs.detach())], 1e-6)
+        made = {name: value for name, value in twin.state[theirs].items() if value is not None}
+        assert optimizer.state[param].keys() == made.keys()
+        twin.load_state_dict(optimizer.state_dict())
+        optimizer.load_state_dict(twin.state_dict())
+        assert all(value.is_complex() == made[name].is_complex() for name, value in optimizer.state[param].items())
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first step", "third step"])
+def test_lazily_conjugated_tensors_are_refused(warm):
+    """Their memory holds other values; a warm plan has seen the same memory before."""
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = fusedopt.SGD([param], lr=1.0)
+    grad = torch.full((3,), 1j, dtype=torch.complex64)
+    param.grad = grad
+    for _ in range(2 * warm):
+        optimizer.step()
+    param.grad = grad.conj()
+    with (
+        nothing_changes(optimizer),
+        pytest.raises(RuntimeError, match="gradient is a lazy conjugate view; call resolve"),
+    ):
+        optimizer.step()
+    param.grad = grad.conj().resolve_conj()
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.full((3,), 1 + 1j - 2j * warm))
+    param.data = param.data.conj()
+    with pytest.raises(RuntimeError, match="parameter is a lazy conjugate view; call resolve_conj"):
+        optimizer.step()
+
+
+def test_complex_and_real_tensors_of_one_memory_layout_are_told_apart():
+    """A checkpoint, or a gradient, of the one is refused for the other."""
+    param = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = fusedopt.AdamW([param])
+    param.grad = torch.ones(3, 2)
+    optimizer.step()
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    checkpoint["state"][0]["exp_avg"] = checkpoint["state"][0]["exp_avg"].to(torch.complex64)
+    with nothing_changes(optimizer), pytest.raises(ValueError, match="'exp_avg' is complex64, the parameter float32"):
+        optimizer.load_state_dict(checkpoint)
+    param.grad = None
+    param.data = torch.view_as_complex(param.data)
+    param.grad = torch.ones(3, dtype=torch.complex64)
+    with (
+        nothing_changes(optimizer),
+        pytest.raises(ValueError, match=r"complex64 on cpu: state 'exp_avg' has shape \(3, 2\)"),
+    ):
+        optimizer.step()
 
 
 # ---- the harness catches the bugs that suites miss ---------------------------------------------------------------

@@ -30,6 +30,7 @@ WALLS = {
     "kernels know nothing of the package": ("kernels/*.py", [r"(import|from) fusedopt"]),
     "the reference knows torch only": ("fusedopt/reference.py", [r"(import|from) (?!torch)"]),
     "the table knows no tensor": ("fusedopt/rules.py", [r"\btorch\b(?!\.optim)", r"backends|_C\b"]),
+    "who loads the extension knows no tensor": ("fusedopt/extension.py", [r"\btorch\b", r"backends|plan\b"]),
     "classes know their row and the base": (
         "fusedopt/optimizers/*.py",
         [r"backends|data_ptr|_C\b", r"from fusedopt\.(?!optimizer\b|rules\b|optimizers\.)"],

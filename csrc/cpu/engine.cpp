@@ -222,21 +222,6 @@ constexpr size_t hyper_counts[num_rules] = {
 #undef FO_HYPER_COUNT
 };
 
-double read_extra(const Entry& entry) {
-  if (entry.extra == nullptr) return 0;
-  return entry.extra_dtype == DType::float64 ? *reinterpret_cast<double*>(entry.extra)
-                                             : *reinterpret_cast<float*>(entry.extra);
-}
-
-void write_extra(const Entry& entry, double value) {
-  if (entry.extra == nullptr) return;
-  if (entry.extra_dtype == DType::float64) {
-    *reinterpret_cast<double*>(entry.extra) = value;
-  } else {
-    *reinterpret_cast<float*>(entry.extra) = float(value);
-  }
-}
-
 // One functor for all neighbours that share everything it depends on: usually one for a whole group.
 struct FunctorKey {
   int rule, group;
@@ -300,7 +285,7 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
   for (size_t i = 0; i < table.entries.size(); ++i) {
     const Entry& entry = table.entries[i];
     if (!entry.is_active) continue;
-    const FunctorKey key{entry.rule, entry.group, compute_of(entry), *entry.step + 1, read_extra(entry)};
+    const FunctorKey key{entry.rule, entry.group, compute_of(entry), *entry.step + 1, entry.read_extra()};
     if (!(key == last)) {
       if (hyper.at(key.group).size() != hyper_counts<double>[key.rule])
         throw std::invalid_argument("the number of hyperparameters is not the rule's");
@@ -316,7 +301,7 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
     const Entry& entry = table.entries[i];
     if (!entry.is_active) continue;
     *entry.step += 1;
-    write_extra(entry, functors[functor_of[i]].extra);
+    entry.write_extra(functors[functor_of[i]].extra);
   }
 
   // Backwards, because the norm went forwards: the gradients it read last are still in the cache.

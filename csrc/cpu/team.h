@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <stdexcept>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -34,18 +34,44 @@ class Team {
     }
   }
 
-  // Calls body(i) once for each i. The calling thread calls lead() first, while the others begin.
+  // Calls body(i), which must not throw, once for each i. The calling thread calls lead() first, while the others begin; what
+  // it throws arrives when all is done, because no exception may leave the threads' common stretch.
   template <class Body, class Lead = void (*)()>
   void run(Order order, const Body& body, const Lead& lead = [] {}) {
-    const size_t size = shares_.size();
+    std::exception_ptr thrown;
     const auto work = [&](size_t thread) {
-      if (thread == 0) lead();
-      for (size_t t = 0; t < size; ++t) {
-        Share& share = shares_[(thread + t) % size];
-        for (int64_t k = share.num_taken++; k < share.end - share.begin; k = share.num_taken++)
-          body(order == Order::forwards ? share.begin + k : share.end - 1 - k);
+      if (thread == 0) {
+        try {
+          lead();
+        } catch (...) {
+          thrown = std::current_exception();
+        }
       }
+      walk(thread, order, body);
     };
+    start(work);
+    if (thrown) std::rethrow_exception(thrown);
+  }
+
+ private:
+  struct alignas(64) Share {
+    int64_t begin, end;
+    std::atomic<int64_t> num_taken{0};
+  };
+
+  template <class Body>
+  void walk(size_t thread, Order order, const Body& body) {
+    const size_t size = shares_.size();
+    for (size_t t = 0; t < size; ++t) {
+      Share& share = shares_[(thread + t) % size];
+      for (int64_t k = share.num_taken++; k < share.end - share.begin; k = share.num_taken++)
+        body(order == Order::forwards ? share.begin + k : share.end - 1 - k);
+    }
+  }
+
+  template <class Work>
+  void start(const Work& work) {
+    const size_t size = shares_.size();
     if (size == 1) return work(0);
 #if defined(_OPENMP)
     if (!is_forked_child) {
@@ -64,11 +90,6 @@ class Team {
     for (std::thread& thread : others) thread.join();
   }
 
- private:
-  struct alignas(64) Share {
-    int64_t begin, end;
-    std::atomic<int64_t> num_taken{0};
-  };
   std::vector<Share> shares_;
 };
 

@@ -8,7 +8,10 @@ backend cannot be used on this machine.
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+import warnings
 from types import ModuleType
 
 import torch
@@ -55,3 +58,21 @@ def explain(device: torch.device) -> tuple[str, dict[str, str]]:
             return name, passed_over
         passed_over[name] = reason
     raise AssertionError("the reference works everywhere")
+
+
+@functools.cache
+def warn_of_fallback(device_type: str) -> None:
+    """Once per kind of device: says so if "auto" picks the reference where a faster backend is made for such tensors.
+
+    When an optimizer is made, not at import: whoever never steps on such a device, or chose a backend, has nothing to know.
+    And not at the first step: before it, nothing slow has happened yet, and the warning shows the user's own line.
+    """
+    device = torch.device(device_type)
+    picked, passed_over = explain(device)
+    reasons = [f"not {name!r}: {reason}" for name, reason in passed_over.items() if BACKENDS[name].supports(device)]
+    if picked == "reference" and reasons:
+        message = f"fusedopt updates parameters on {device_type} by its slow backend 'reference'; {'; '.join(reasons)}"
+        level, frame = 1, sys._getframe()
+        while frame is not None and frame.f_globals.get("__name__", "").startswith("fusedopt."):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(message, stacklevel=level)

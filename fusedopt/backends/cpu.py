@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fusedopt import _C
+from fusedopt.extension import _C, problem
 from fusedopt.rules import Rule
 
 if TYPE_CHECKING:
@@ -20,24 +20,28 @@ def _use_torch() -> bool:
     """Lets the extension read tensors through torch's stable C ABI. False: it reads Python attributes instead, slowly."""
     try:
         library = ctypes.CDLL(torch._C.__file__)  # loaded already; a symbol is looked for in what it links to as well
-        functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in _C.torch_functions]
-    except (AttributeError, OSError):
+        functions = [
+            ctypes.cast(getattr(library, name, None), ctypes.c_void_p).value or 0 for name in _C.torch_functions
+        ]
+    except OSError:
         functions = []
     tensors = [torch.empty(3), torch.nn.Parameter(torch.empty(2, 2)), torch.empty((), dtype=torch.float64)]
     return _C.use_torch(torch.Tensor, functions, [(tensor, tensor._cdata) for tensor in tensors])
 
 
-_use_torch()
+reads_by_abi = _C is not None and _use_torch()
 
 _forced_isa = os.environ.get("FUSEDOPT_CPU_ISA")
-if _forced_isa and not _C.set_isa(_forced_isa):
+if _C and _forced_isa and not _C.set_isa(_forced_isa):
     raise ImportError(
         f"FUSEDOPT_CPU_ISA={_forced_isa!r} is not available on this CPU; it has {', '.join(_C.available_isas())}"
     )
 
 
 def unavailable() -> str | None:
-    """Why this CPU cannot run the engine, or None."""
+    """Why the engine cannot be used here, or None."""
+    if _C is None:
+        return problem
     return None if _C.available_isas() else "the CPU has none of the instruction sets of this build"
 
 

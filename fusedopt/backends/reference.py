@@ -25,6 +25,11 @@ def supports(device: torch.device) -> bool:
     return True
 
 
+def as_real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as the pairs of reals it is made of, in the same memory; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 class Bucket:
     """Entries on one device, updated by the reference functions in the dtype of their states."""
 
@@ -44,7 +49,7 @@ class Bucket:
         return [entry for entry in self.entries if entry.param.grad is not None]
 
     def grad_norm(self) -> float:
-        return float(reference.total_norm([entry.param.grad for entry in self._active()]))
+        return float(reference.total_norm([as_real(entry.param.grad) for entry in self._active()]))
 
     def first_nonfinite(self) -> int:
         for i, entry in enumerate(self.entries):
@@ -55,21 +60,22 @@ class Bucket:
     @torch.no_grad()
     def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
         new_values = [self._computed(entry, scalars[entry.group], grad_coefs[entry.group]) for entry in self._active()]
-        for old, new in itertools.chain.from_iterable(new_values):  # only now: computing can run out of memory
-            old.copy_(new)
+        written = [*itertools.chain.from_iterable(new_values)]
+        if written:  # only now, because computing can run out of memory; all in one call, which no interrupt divides
+            torch._foreach_copy_(*map(list, zip(*written, strict=True)))
 
     def _computed(
         self, entry: Entry, scalars: Sequence[float], grad_coef: float
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Every tensor that the update of one parameter writes, with its new value."""
-        param, states = entry.param, zip(self._rule.states, entry.states, strict=True)
-        written = {state.name: tensor for state, tensor in states if tensor is not None}
+        param, states = as_real(entry.param), zip(self._rule.states, entry.states, strict=True)
+        written = {state.name: as_real(tensor) for state, tensor in states if tensor is not None}
         keywords = self._keywords(scalars, written)
         if entry.extra is not None:
             written[self._rule.extra] = entry.extra
         step, dtype = entry.step + 1, entry.compute_dtype
         new_state = {name: float(tensor) if tensor is entry.extra else tensor for name, tensor in written.items()}
-        grad = grad_coef * param.grad.to(dtype)
+        grad = grad_coef * as_real(entry.param.grad).to(dtype)
         new_param = self._update(param.to(dtype), grad, new_state, float(step), **keywords)
         if entry.extra is not None:
             new_state[self._rule.extra] = torch.tensor(new_state[self._rule.extra], dtype=torch.float64)

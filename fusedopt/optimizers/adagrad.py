@@ -20,7 +20,8 @@ class Adagrad(FusedOptimizer):
         \theta &\leftarrow \theta - \frac{\eta}{1 + (t - 1)\,\eta_d}\,\frac{g}{\sqrt{s} + \epsilon}
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16 or float16.
+        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16, float16,
+            complex64 or complex128 (as pairs of reals).
         lr: η, >= 0; a float or a 0-d tensor.
         lr_decay: η_d, >= 0.
         weight_decay: λ, >= 0, as L2 (g ← g + λθ).

@@ -20,7 +20,8 @@ class Adam(FusedOptimizer):
         \theta &\leftarrow \theta - \eta\,\frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16 or float16.
+        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16, float16,
+            complex64 or complex128 (as pairs of reals).
         lr: η, >= 0; a float or a 0-d tensor.
         betas: β₁ and β₂, each in [0, 1).
         eps: ε, >= 0.

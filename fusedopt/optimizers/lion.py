@@ -20,7 +20,8 @@ class Lion(FusedOptimizer):
         m &\leftarrow \beta_2 m + (1 - \beta_2)\,g
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16 or float16.
+        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16, float16,
+            complex64 or complex128 (as pairs of reals).
         lr: η, >= 0; a float or a 0-d tensor.
         betas: β₁ (what the sign is taken of) and β₂ (what is kept), each in [0, 1).
         weight_decay: λ, >= 0, decoupled.

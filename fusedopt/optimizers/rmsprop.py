@@ -25,7 +25,8 @@ class RMSprop(FusedOptimizer):
     :math:`b \leftarrow \mu b + u` moves θ in place of u.
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16 or float16.
+        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16, float16,
+            complex64 or complex128 (as pairs of reals).
         lr: η, >= 0; a float or a 0-d tensor.
         alpha: α, in [0, 1].
         eps: ε, >= 0.

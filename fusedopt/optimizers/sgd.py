@@ -22,7 +22,8 @@ class SGD(FusedOptimizer):
         \theta &\leftarrow \theta - \eta\,b \qquad \text{or, with Nesterov, } \theta - \eta\,(g + \mu b)
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16 or float16.
+        params: tensors, ``(name, tensor)`` pairs, or dicts of groups; float32, float64, bfloat16, float16,
+            complex64 or complex128 (as pairs of reals).
         lr: η, >= 0; a float or a 0-d tensor.
         momentum: μ, >= 0.
         dampening: d.
