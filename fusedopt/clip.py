@@ -196,7 +196,9 @@ def clip_grad_norm_(
     """
     from fusedopt.optimizer import FusedOptimizer
 
-    optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+    if not isinstance(optimizers, Iterable):
+        optimizers = [optimizers]  # one optimizer; what else it may be is refused below
+    optimizers = list(optimizers)
     if not optimizers:
         raise ValueError("clip_grad_norm_ needs at least one optimizer; the iterable is empty or already used up")
     for optimizer in optimizers:

@@ -118,7 +118,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _amp(self, owner: str) -> tuple[float, bool]:
         """GradScaler's attributes: what to divide gradients by, and whether it found a gradient that is not finite."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        scale = 1.0 if grad_scale is None else float(grad_scale)
+        try:
+            scale = 1.0 if grad_scale is None else number("grad_scale", grad_scale)
+        except ValueError as error:
+            raise ValueError(f"{owner}: {error}; {UNCHANGED}") from None
         if not 0 < scale < math.inf:
             raise ValueError(f"{owner}: grad_scale must be positive and finite, got {scale}; {UNCHANGED}")
         return scale, found_inf is not None and bool(found_inf)

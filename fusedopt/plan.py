@@ -17,7 +17,7 @@ import torch
 from fusedopt import backends
 from fusedopt.errors import UNCHANGED, name_param, short_dtype
 from fusedopt.extension import _C
-from fusedopt.rules import Rule, check_options, flag
+from fusedopt.rules import Rule, check_options, flag, number
 
 MAX_DIMS = 64  # of torch's reductions and of the C++ table
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
@@ -220,10 +220,16 @@ class Plan:
         """An entry for every parameter, once, checked against its gradient."""
         entries, seen = [], set()
         for g, group in enumerate(param_groups):
-            names = group.get("param_names") or itertools.repeat(None)
+            if "params" not in group:
+                raise ValueError(f"{self.owner}: param_groups[{g}]: 'params' is missing; {UNCHANGED}")
+            # A tensor that was appended to the list later has no name.
+            names = itertools.chain(group.get("param_names") or (), itertools.repeat(None))
             for i, (param, name) in enumerate(zip(group["params"], names, strict=False)):
                 if id(param) in seen:
                     continue
+                if not isinstance(param, torch.Tensor):
+                    where = f"param_groups[{g}]['params'][{i}]"
+                    raise TypeError(f"{self.owner}: {where} is a {type(param).__name__}, not a tensor; {UNCHANGED}")
                 seen.add(id(param))
                 variant = self._options[g][2]
                 entry = Entry(param, g, i, name, variant, [None] * len(self.rule.states), None, None)
@@ -338,6 +344,8 @@ class Plan:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
         param, rule = entry.param, self.rule
         known = state.get(param, {})
+        if not isinstance(known, Mapping):
+            self._fail(TypeError, entry, f"its state is a {type(known).__name__}, not a dict")
         stored = rule.stored(group)
         if param.grad is None:
             # Idle until its first gradient, unless it has all its states already.
@@ -357,8 +365,13 @@ class Plan:
             value = known.get(name)
             if isinstance(value, torch.Tensor):
                 self._check_plain(entry, value, f"state {name!r}")
-            if value is not None and not float(value) >= 0:
-                self._fail(ValueError, entry, f"state {name!r} is {float(value)}")
+            if value is not None:
+                try:
+                    count = number(f"state {name!r}", value)
+                except ValueError as error:
+                    self._fail(ValueError, entry, str(error))
+                if not count >= 0:
+                    self._fail(ValueError, entry, f"state {name!r} is {count}")
             if not _is_scalar_of(value, dtype):
                 made[name] = torch.tensor(initial if value is None else float(value), dtype=dtype, device="cpu")
         for i, kept in enumerate(stored):

@@ -26,7 +26,7 @@ def number(name: str, value: Any) -> float:
     try:
         if not isinstance(value, (bool, str, bytes)):
             return float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise ValueError(f"{name} must be a number, got {value!r}")
 

@@ -15,6 +15,9 @@ import torch
 import fusedopt
 from fusedopt.rules import RULES, Rule
 
+# Every contract test runs once on each of these (`on_backend` in conftest.py); one that cannot run here is skipped, with its
+# reason. A new backend joins by its name.
+BACKENDS = ("cpu", "reference")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Odd sizes: none a multiple of a vector width, one across several 256-element tiles, an empty one and a scalar.
 SHAPES = ((13, 7), (1021,), (), (0, 3), (5, 3, 3))
@@ -62,6 +65,11 @@ class Spec:
 SPECS = [Spec(name, rule, twin) for rule in RULES.values() for name, twin in rule.optimizers.items()]
 every_class = pytest.mark.parametrize("spec", SPECS, ids=str)
 every_twin = pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.twin_name], ids=str)
+
+
+def only_on(backend: str, why: str) -> pytest.MarkDecorator:
+    """Marks a contract test that says nothing new on the other backends."""
+    return pytest.mark.only_on(backend, why=why)
 
 
 # Adam and AdamW of torch 2.6 have no such option.

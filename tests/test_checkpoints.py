@@ -30,6 +30,7 @@ from helpers import (
 
 import fusedopt
 
+pytestmark = pytest.mark.usefixtures("on_backend")
 SHAPES = ((13, 7), (1021,), (), (5, 3, 3))
 with_twin = pytest.mark.parametrize("case", [case for case in CASES if case.twin], ids=str)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -18,6 +18,7 @@ from helpers import (
     every_twin,
     make_params,
     nothing_changes,
+    only_on,
     randn,
     set_grads,
     snapshot,
@@ -26,6 +27,8 @@ from helpers import (
 
 import fusedopt
 from fusedopt import reference
+
+pytestmark = pytest.mark.usefixtures("on_backend")
 
 # ---- the ways to clip --------------------------------------------------------------------------------------------
 # Each makes (optimizers over all of `params`, a function that takes one clipped step).
@@ -169,14 +172,13 @@ def test_gradients_are_not_written(way, dtype):
 # ---- the norm ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_way
-def test_grad_norm_is_the_norm_before_clipping(way, dtype, backend):
+def test_grad_norm_is_the_norm_before_clipping(way, dtype):
     params = make_params((*SHAPES, (100_003,)), dtype)
     set_grads(params, 3)
     params[3].grad = None
-    optimizers, step = way(spec_of("AdamW"), params, 0.25, backend=backend)
+    optimizers, step = way(spec_of("AdamW"), params, 0.25)
     assert all(optimizer.grad_norm is None for optimizer in optimizers)
     step()
     for optimizer in optimizers:
@@ -468,15 +470,14 @@ def test_one_bad_element_anywhere_is_found(value, dtype, limit):
         assert optimizer.skipped_steps == 1
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("when", [0, 2], ids=["first step", "third step"])
 @every_value
 @pytest.mark.parametrize("way", [in_the_step, by_method], ids=lambda way: way.__name__)
-def test_error_names_the_parameter_and_changes_nothing(way, value, when, named, backend):
+def test_error_names_the_parameter_and_changes_nothing(way, value, when, named):
     params = make_params(SHAPES)
     given = [(f"layer{i}.weight", param) for i, param in enumerate(params)] if named else params
-    optimizers, step = way(spec_of("AdamW"), given, 1.0, nonfinite="error", backend=backend)
+    optimizers, step = way(spec_of("AdamW"), given, 1.0, nonfinite="error")
     for seed in range(when):
         set_grads(params, seed)
         step()
@@ -492,7 +493,7 @@ def test_error_names_the_parameter_and_changes_nothing(way, value, when, named, 
 
     optimizers[0].zero_grad()
     plain_params = make_params(SHAPES)
-    _, plain_step = way(spec_of("AdamW"), plain_params, 1.0, backend=backend)
+    _, plain_step = way(spec_of("AdamW"), plain_params, 1.0)
     for seed in range(when):
         set_grads(plain_params, seed)
         plain_step()
@@ -593,6 +594,7 @@ def test_found_inf_skips_whatever_nonfinite_says(nonfinite):
 # ---- refused -----------------------------------------------------------------------------------------------------
 
 
+@only_on("cpu", "no backend is asked")
 @pytest.mark.parametrize("limit", [-1.0, -1e-30, -math.inf, math.nan, torch.tensor(-2.0)], ids=str)
 def test_bad_limit_is_refused_everywhere(limit):
     params = make_params(SHAPES)
@@ -652,6 +654,7 @@ BAD_OPTIMIZERS = {
 }
 
 
+@only_on("cpu", "no backend is asked")
 @pytest.mark.parametrize("name", BAD_OPTIMIZERS)
 def test_bad_argument_of_clip_grad_norm_is_refused(name):
     make, limit, kind, message = BAD_OPTIMIZERS[name]
@@ -674,6 +677,7 @@ def test_refused_clip_over_several_optimizers_clips_none():
     assert_same_bits(params, plain_params)
 
 
+@only_on("cpu", "no backend is asked")
 def test_reference_norm_neither_overflows_nor_vanishes():
     """The specification must not have the fault that it is there to show."""
     for magnitude in (1e200, 1e-200):
@@ -812,6 +816,7 @@ def test_norm_tensor_is_of_the_parameters_that_take_part():
     assert (norm.dtype, norm.device.type) == (torch.float32, "cpu")
 
 
+@only_on("cpu", "no backend is asked")
 def test_nonfinite_and_backend_can_be_read():
     params = make_params(SHAPES)
     optimizer = fusedopt.SGD(params, nonfinite="skip", backend="reference")

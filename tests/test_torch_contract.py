@@ -31,6 +31,7 @@ from helpers import (
     known_to_torch,
     make_params,
     nothing_changes,
+    only_on,
     randn,
     set_grads,
     train,
@@ -40,6 +41,7 @@ import fusedopt
 from fusedopt import _C
 from fusedopt.backends import cpu
 
+pytestmark = pytest.mark.usefixtures("on_backend")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 OURS = ("max_grad_norm", "nonfinite", "backend")
@@ -48,6 +50,7 @@ OURS = ("max_grad_norm", "nonfinite", "backend")
 # ---- signature, groups, states -----------------------------------------------------------------------------------
 
 
+@only_on("cpu", "nothing is computed")
 @every_twin
 def test_constructor_is_torchs_plus_keywords(spec):
     ours = list(inspect.signature(spec.cls).parameters.values())
@@ -57,6 +60,7 @@ def test_constructor_is_torchs_plus_keywords(spec):
     assert {p.kind for p in added} == {KEYWORD_ONLY}
 
 
+@only_on("cpu", "nothing is computed")
 @every_class
 def test_own_arguments_are_the_same_everywhere(spec):
     parameters = inspect.signature(spec.cls).parameters
@@ -67,6 +71,7 @@ def test_own_arguments_are_the_same_everywhere(spec):
         assert parameters[name].default == default
 
 
+@only_on("cpu", "nothing is computed")
 @every_twin
 def test_group_with_default_options_is_torchs(spec):
     def group(cls):
@@ -76,6 +81,7 @@ def test_group_with_default_options_is_torchs(spec):
     assert known_to_torch(spec.cls(make_params()).defaults) == known_to_torch(spec.twin(make_params()).defaults)
 
 
+@only_on("cpu", "nothing is computed")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_groups_mention_own_options_only_where_set(case):
     group = case.make(make_params()).param_groups[0]
@@ -84,6 +90,7 @@ def test_groups_mention_own_options_only_where_set(case):
     assert all(group[name] == value for name, value in case.kwargs.items())
 
 
+@only_on("cpu", "nothing is computed")
 @every_class
 def test_is_an_optimizer_with_an_ordinary_step(spec):
     """Schedulers take ``step.__func__``; GradScaler looks for the flag, and sets and deletes its own attributes."""
@@ -600,6 +607,7 @@ def reading(request):
     cpu._use_torch()
 
 
+@only_on("cpu", "how its plan watches addresses; the reference plans anew for every step")
 @pytest.mark.parametrize("move", [shared, moved], ids=lambda function: function.__name__)
 @pytest.mark.parametrize("shapes", [((5003,), (71, 71), (7,)), ((7,),) * 150], ids=["few", "many tiny"])
 @every_class
@@ -618,6 +626,7 @@ def test_state_whose_memory_moved_is_followed(spec, move, shapes, reading):
         assert_same_bits(optimizer.state.get(a, {}).values(), plain.state.get(b, {}).values(), "state")
 
 
+@only_on("cpu", "how its plan watches addresses; the reference plans anew for every step")
 @every_class
 def test_state_whose_layout_changed_in_place_is_followed(spec, reading):
     """Same memory, transposed: elements pair by index, as everywhere in torch."""
@@ -632,6 +641,7 @@ def test_state_whose_layout_changed_in_place_is_followed(spec, reading):
     assert_close(params, plain_params, 1e-5)
 
 
+@only_on("cpu", "how its plan watches addresses; the reference plans anew for every step")
 @every_class
 def test_parameters_and_gradients_that_swapped_places_are_followed(spec, reading):
     """torch.utils.swap_tensors exchanges what two Python objects hold."""
@@ -672,7 +682,7 @@ def torch_saved(pair):
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, torch_saved], ids=lambda function: function.__name__)
 @every_class
 def test_copy_goes_on_alone_with_the_same_bits(spec, copied):
-    params, optimizer = used(spec, backend="reference" if spec.name == "SGD" else None)
+    params, optimizer = used(spec)
     twin_params, twin = copied((params, optimizer))
     assert (twin.max_grad_norm, twin.skipped_steps, twin._backend) == (3.0, 1, optimizer._backend)
     middle = clone_params(params)
@@ -957,6 +967,7 @@ def test_float16_parameters_work_with_the_scaler(spec):
 # ---- threads, processes, memory ----------------------------------------------------------------------------------
 
 
+@only_on("cpu", "about its threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_class
 def test_number_of_threads_does_not_change_a_bit(spec, dtype, threads):
@@ -971,6 +982,7 @@ def test_number_of_threads_does_not_change_a_bit(spec, dtype, threads):
     assert results[1:] == results[:1] * 3
 
 
+@only_on("cpu", "about its threads")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
@@ -1085,6 +1097,7 @@ def test_memory_does_not_grow_over_many_steps(kind):
     assert grown[1] < 40_000
 
 
+@only_on("cpu", "about its tables")
 def test_plan_takes_at_most_a_hundredth_of_the_states():
     """Of a transformer of 3 million parameters in 100 tensors, its norms and biases among them."""
     width = 128
@@ -1195,6 +1208,7 @@ def test_child_forked_during_a_step_can_step():
     assert os.waitstatus_to_exitcode(status) == 0
 
 
+@only_on("cpu", "its update runs without the interpreter lock")
 def test_steps_of_one_optimizer_in_two_threads_never_overlap():
     """Each either runs alone or is refused; the count of the ones that ran is the count of steps taken."""
     param = torch.nn.Parameter(randn((1_500_000,), torch.float32, 0))

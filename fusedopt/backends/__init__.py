@@ -30,7 +30,7 @@ def resolve(name: str | None) -> str:
     """
     source = "backend" if name is not None else "FUSEDOPT_BACKEND"
     name = name if name is not None else os.environ.get("FUSEDOPT_BACKEND") or "auto"
-    if name != "auto" and name not in BACKENDS:
+    if name not in ["auto", *BACKENDS]:
         raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {name!r}")
     reason = None if name == "auto" else BACKENDS[name].unavailable()
     if reason is not None:
