@@ -202,11 +202,9 @@ def test_forked_child_without_threads_to_be_had_does_it_alone(name, threads):
 
     def child():
         torch.set_num_threads(64)
-        with address_space_left(20 << 20):  # a thread's stack takes 8 MB
-            done = threading.Event()
+        with address_space_left(4 << 20):  # a thread's stack takes 8 MB
             with pytest.raises(RuntimeError, match="can't start new thread"):
-                for _ in range(64):
-                    threading.Thread(target=done.wait, daemon=True).start()
+                threading.Thread(target=print, daemon=True).start()
             optimizer.step()
         assert_same_run(optimizer, plain)
 
@@ -475,7 +473,7 @@ def test_error_in_a_post_hook_comes_after_the_whole_step_or_load(spec, backend):
 @ignores_fork_warning
 def test_child_forked_while_another_thread_steps_works(threads):
     threads(2)
-    busy_params, params, plain_params = make_params([(200_003,)]), make_params(LARGE_SHAPES), make_params(LARGE_SHAPES)
+    busy_params, params, plain_params = make_params([(70_001,)]), make_params(LARGE_SHAPES), make_params(LARGE_SHAPES)
     busy, optimizer, plain = (fusedopt.AdamW(each, max_grad_norm=0.5) for each in (busy_params, params, plain_params))
     train(busy, busy_params, 1)
     for each, tensors in ((optimizer, params), (plain, plain_params)):
@@ -496,7 +494,7 @@ def test_child_forked_while_another_thread_steps_works(threads):
     thread = threading.Thread(target=keep_stepping)
     thread.start()
     try:
-        for _ in range(10):
+        for _ in range(4):
             run_in_fork(child)
     finally:
         is_over.set()
