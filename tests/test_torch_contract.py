@@ -468,6 +468,8 @@ def step_count_set_by_hand(spec, make):
     for param in params:
         if "step" in optimizer.state.get(param, {}):
             optimizer.state[param]["step"].fill_(40.0)
+    if spec.rule.extra:
+        optimizer.state[params[1]][spec.rule.extra].fill_(0.25)  # of one only: its neighbours keep theirs
     train(optimizer, params, 2, 2)
     return optimizer
 
@@ -769,6 +771,18 @@ def test_any_layout_steps_as_its_contiguous_clone(layout, dtype):
         assert_same_bits(
             optimizer.state.get(param, {}).values(), oracle.state.get(clone, {}).values(), f"{spec}: state"
         )
+
+
+def test_strides_beyond_32_bits():
+    """Two elements 8 GiB apart, in memory that is never touched between them."""
+    try:
+        buffer = torch.empty(2**32 + 1, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("this system does not promise memory that it may not have")
+    param = torch.nn.Parameter(buffer.as_strided((2,), (2**32,)).fill_(1.0))
+    param.grad = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    fusedopt.SGD([param], lr=0.5).step()
+    assert param.tolist() == [0.5, 0.0]
 
 
 GRADIENTS = {
