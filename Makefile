@@ -1,6 +1,7 @@
 # make train   train a small GPT with fusedopt.AdamW and compare with torch.optim   (ARGS="--steps 50" passes options on)
 # make test    lint and tests
 # make bench   the CPU benchmark
+# make mutants planted bugs, each of which a test must notice   (ARGS="Lion norm" takes those whose names contain a word)
 #
 # Needs python3 >= 3.10 and a C++ compiler. Makes .venv; uses the torch that python3 already has, else installs $(TORCH).
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench mutants clean
 
 train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -25,6 +26,9 @@ lint: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench cpu $(ARGS)
+
+mutants: $(VENV)/built
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 $(VENV)/made: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fusedopt needs Python 3.10 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
