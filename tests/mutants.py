@@ -386,7 +386,7 @@ MUTANTS = [
             "csrc/cpu/engine.cpp",
             "table.partial_sums[c] = entry.is_active",
             "table.partial_sums[c] = 0;\n      table.partial_sums[table.batches[i].begin] += entry.is_active",
-            "test_torch_contract.py::test_number_of_threads_does_not_change_a_bit[AdamW-torch.float32]",
+            "test_torch_contract.py::test_number_of_threads_does_not_change_a_bit_of_a_float64_norm",
         ),
         (
             "norm: gradients of an earlier step",

@@ -988,6 +988,18 @@ def test_number_of_threads_does_not_change_a_bit(spec, dtype, threads):
     assert results[1:] == results[:1] * 3
 
 
+def test_number_of_threads_does_not_change_a_bit_of_a_float64_norm(threads):
+    """Where no rounding to float32 hides the order of the sum, over enough tensors that it could differ."""
+    params = make_params(((1021,),) * 300, torch.float64)
+    optimizer = fusedopt.SGD(params)
+    set_grads(params, 0)
+    norms = set()
+    for count in (1, 2, 3, 4, 8):
+        threads(count)
+        norms.add(float(optimizer.clip_grad_norm_(float("inf"))))
+    assert len(norms) == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
