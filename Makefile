@@ -3,6 +3,7 @@
 # make fuzz    N=20000 random examples a class against the reference   (SEED=1 repeats a run)
 # make bench   the CPU benchmark
 # make sanitize  the tests that reach the CPU engine, under the address, undefined-behaviour and thread sanitizers (Linux, GCC)
+# make mutants planted bugs, each of which a test must notice   (ARGS="Lion norm" takes those whose names contain a word)
 #
 # Needs python3 >= 3.10 and a C++ compiler. Makes .venv; uses the torch that python3 already has, else installs $(TORCH).
 
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py fusedopt/_C.pyi $(shell find csrc -type f)
 
-.PHONY: train test lint fuzz bench sanitize clean
+.PHONY: train test lint fuzz mutants bench sanitize clean
 
 train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -32,6 +33,9 @@ fuzz: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench cpu $(ARGS)
+
+mutants: $(VENV)/built
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 # A build apart; python itself is not sanitized, so the runtimes must be there before it (libstdc++ for their view of throw).
 sanitize: build/sanitize-address/built build/sanitize-thread/built

@@ -27,6 +27,7 @@ from helpers import (
 
 import fusedopt
 from fusedopt import reference
+from fusedopt.clip import coefficient
 
 pytestmark = pytest.mark.usefixtures("on_backend")
 
@@ -200,6 +201,27 @@ def test_clip_returns_the_norm():
     assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(true_norm(params), rel=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_norm_is_of_the_gradients_there_are_now(backend):
+    """Not of one that has gone since the step before."""
+    params = make_params(SHAPES)
+    optimizer = fusedopt.SGD(params, backend=backend)
+    for removed in (None, 1, 0):
+        set_grads(params, removed or 5)
+        if removed is not None:
+            params[removed].grad = None
+        assert float(optimizer.clip_grad_norm_(1.0)) == pytest.approx(true_norm(params), rel=1e-6)
+        optimizer.step()
+
+
+def test_coefficient_is_the_references():
+    for norm in (0.0, 1e-7, 0.5, 1.0, 2.0, 1e30):
+        for limit in (0.0, 1e-6, 1.0, 3.0):
+            expected = float(reference.clip_coefficient(torch.tensor(norm, dtype=torch.float64), limit))
+            assert expected <= 1
+            assert coefficient(norm, limit) == pytest.approx(expected, rel=1e-15)
+
+
 def test_norm_without_gradients_is_zero():
     params = make_params(SHAPES)
     optimizer = fusedopt.AdamW(params, max_grad_norm=1.0)
@@ -232,7 +254,9 @@ def test_norm_neither_overflows_nor_vanishes(dtype, magnitude, way):
     norm = unit * magnitude
     limit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
     for optimizer in optimizers:
-        assert float(optimizer.grad_norm) == (pytest.approx(norm, rel=1e-5, abs=1e-44) if norm < limit else math.inf)
+        assert float(optimizer.grad_norm) == (
+            pytest.approx(norm, rel=1e-5, abs=0 if dtype == torch.float64 else 1e-44) if norm < limit else math.inf
+        )
     factor = min(1.0, 1.0 / (norm + 1e-6)) * magnitude
     expected = torch.cat([param.detach().double().flatten() for param in start]) - grads * factor
     moved = torch.cat([param.detach().double().flatten() for param in params])
@@ -501,6 +525,16 @@ def test_error_names_the_parameter_and_changes_nothing(way, value, when, named):
         set_grads(at, 20)
         take()
     assert_same_bits(params, plain_params)
+
+
+def test_error_names_the_gradient_that_is_not_finite_not_a_large_one():
+    params = make_params(SHAPES, torch.float64)
+    optimizer = fusedopt.SGD(params, nonfinite="error")
+    set_grads(params, 0)
+    params[0].grad *= 1e300
+    params[2].grad.fill_(math.inf)
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\['params'\]\[2\], .*gradient holds NaN or infinity"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("limit", [None, math.inf])

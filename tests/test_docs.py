@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutants import MUTANTS
 
 import fusedopt
 from fusedopt.rules import RULES
@@ -57,6 +58,16 @@ def test_every_optimizer_is_public_documented_and_in_the_readme(name):
     for heading in ("Args", "State", "Raises", "Example:", "Reference:"):
         assert heading in cls.__doc__, heading
     assert f"`{name}`" in (ROOT / "README.md").read_text()
+
+
+def test_list_of_mutants_follows_the_code():
+    """Every planted bug of tests/mutants.py finds its line, and its test."""
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    for mutant in MUTANTS:
+        found = (ROOT / mutant.file).read_text().count(mutant.old)
+        assert found == 1 and mutant.new != mutant.old, f"{mutant.name}: {mutant.file} has {mutant.old!r} {found} times"
+        file, function = mutant.test.split("[")[0].split("::")
+        assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), f"{mutant.name}: {file} has no {function}"
 
 
 def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):

@@ -339,6 +339,13 @@ def test_unknown_backend_is_refused(name, kind, message, source, monkeypatch):
 
 
 @only_on("cpu", "nothing is computed")
+def test_backend_asked_for_overrules_the_environment(monkeypatch):
+    monkeypatch.setenv("FUSEDOPT_BACKEND", "cpu")
+    assert fusedopt.backends.resolve("reference") == "reference"
+    assert fusedopt.backends.resolve(None) == "cpu"
+
+
+@only_on("cpu", "nothing is computed")
 @pytest.mark.parametrize("source", ["argument", "environment"])
 def test_backend_that_cannot_be_used_says_why(source, monkeypatch):
     monkeypatch.setattr(fusedopt.backends.triton, "unavailable", lambda: "no such luck")

@@ -1,4 +1,4 @@
-"""The rule headers, computing in double, are the reference's formulas; and both know the same table."""
+"""The rule headers, computing in double, are the reference's formulas, also at 0 and infinity; and both know the same table."""
 
 import inspect
 
@@ -31,6 +31,56 @@ def test_header_in_double_is_the_reference_in_float64(case):
             assert float(found[0]) == pytest.approx(expected, rel=1e-12)
         else:
             torch.testing.assert_close(torch.cat(found), expected, rtol=1e-12, atol=1e-18)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_beyond_range_leave_what_the_reference_leaves(case):
+    """Where squares overflow and where infinities cancel: the same elements are NaN, the others have the same values."""
+    param = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    optimizer = case.make([param])
+    oracle = Oracle(case, optimizer.param_groups[0], [param])
+    for first in (torch.inf, 1.0):
+        param.grad = torch.tensor([first, -first, 1e200, 1.0], dtype=torch.float64)
+        oracle.step([param.grad])
+        optimizer.step()
+        torch.testing.assert_close(param.detach(), oracle.param, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_zero_gradients_without_decay_move_nothing(case):
+    params = random_params((33, 7), torch.float64)
+    start = [param.detach().clone() for param in params]
+    optimizer = case.make(params, weight_decay=0)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, start, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_masked_parameter_stays_minus_infinity(case):
+    """-inf as a mask, with no decay and a zero gradient: 0 * inf must not come into it."""
+    param = torch.nn.Parameter(torch.tensor([-torch.inf, 1.0], dtype=torch.float64))
+    optimizer = case.make([param], weight_decay=0)
+    for _ in range(3):
+        param.grad = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        optimizer.step()
+    assert float(param.detach()[0]) == -torch.inf
+    assert param[1].isfinite() and param[1] != 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.kwargs.get("centered")], ids=str)
+def test_centered_variance_of_a_constant_gradient_is_not_negative(case, backend):
+    """It tends to 0, and rounding takes it below; the root of that is NaN."""
+    (param,) = random_params((1021,), torch.float32)
+    optimizer = case.make([param], alpha=0.5, eps=1e-12, weight_decay=0, backend=backend)
+    (grad,) = random_grads((1021,), torch.float32, 0)
+    for _ in range(60):
+        param.grad = grad
+        optimizer.step()
+    assert param.isfinite().all()
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)

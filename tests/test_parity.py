@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, DTYPES, SMALL_SIZES, Oracle, can_mix_dtypes, check_parity, random_grads, random_params
+from cases import CASES, DTYPES, SMALL_SIZES, Oracle, can_mix_dtypes, check_parity, random_grads, random_params, set_grad
 from helpers import assert_close, nothing_changes
 
 import fusedopt
@@ -52,6 +52,38 @@ def test_second_moment_is_finite_where_the_square_is_not(case):
     for state in case.rule.stored(optimizer.param_groups[0]):
         if state is not None:
             torch.testing.assert_close(optimizer.state[param][state.name], oracle.state[state.name].float())
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_parameters_are_rounded_once_to_nearest_even(dtype, lr):
+    """Bitwise, over random bit patterns: ties, subnormals, overflow and NaN among them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def any_bits():
+        return torch.randint(-(2**15), 2**15, (100_003,), generator=generator).to(torch.int16).view(dtype)
+
+    start, grad = any_bits(), any_bits()
+    # Where two magnitudes are far apart the sum is the larger: bring half of them together.
+    grad[::2] = (start[::2].float() * 2.0 ** torch.randint(-12, 3, (50_002,), generator=generator)).to(dtype)
+    param = torch.nn.Parameter(start.clone())
+    param.grad = grad
+    fusedopt.SGD([param], lr=lr).step()
+    expected = (start.float() - torch.tensor(lr) * grad.float()).to(dtype)
+    is_nan = expected.isnan()
+    assert torch.equal(param.isnan(), is_nan)
+    assert torch.equal(param.detach().view(torch.int16)[~is_nan], expected.view(torch.int16)[~is_nan])
+
+
+@pytest.mark.skipif(not can_mix_dtypes(), reason="this torch wants gradients in the parameter's dtype")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_nan_of_any_payload_stays_nan_in_narrow_parameters(dtype):
+    """Rounded as a number, the largest one would become -0."""
+    nans = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7FC00001, -1], dtype=torch.int32).view(torch.float32)
+    param = torch.nn.Parameter(torch.ones(4, dtype=dtype))
+    set_grad(param, nans)
+    fusedopt.SGD([param], lr=1.0).step()
+    assert param.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

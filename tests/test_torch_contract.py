@@ -1,6 +1,7 @@
 """Whatever torch.optim promises: signature, groups, states, hooks, schedulers, copies, layouts, AMP, threads, memory."""
 
 import copy
+import functools
 import gc
 import inspect
 import io
@@ -477,6 +478,8 @@ def step_count_set_by_hand(spec, make):
     for param in params:
         if "step" in optimizer.state.get(param, {}):
             optimizer.state[param]["step"].fill_(40.0)
+    if spec.rule.extra:
+        optimizer.state[params[1]][spec.rule.extra].fill_(0.25)  # of one only: its neighbours keep theirs
     train(optimizer, params, 2, 2)
     return optimizer
 
@@ -765,24 +768,38 @@ def laid_out(layout, dtype, seed):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_steps_as_its_contiguous_clone(layout, dtype):
     """Bitwise, for every class; and not one element beyond the parameter is written."""
-    for spec in SPECS:
+    stateless = functools.partial(fusedopt.SGD, lr=0.01)  # nothing beside the view and a gradient of its very strides
+    for make in (*(spec.make for spec in SPECS), stateless):
         view, buffer, outside = laid_out(layout, dtype, 1)
         before = buffer[outside].clone()
         param, clone = torch.nn.Parameter(view), torch.nn.Parameter(view.clone(memory_format=torch.contiguous_format))
         assert param.data_ptr() == view.data_ptr()
-        optimizer, oracle = spec.make([param]), spec.make([clone])
+        optimizer, oracle = make([param]), make([clone])
+        name = type(optimizer).__name__
         for step in range(3):
             grad, grad_buffer, _ = laid_out(layout, dtype, 10 + step)
             kept = grad_buffer.clone()
             param.grad, clone.grad = grad, grad.clone(memory_format=torch.contiguous_format)
             optimizer.step()
             oracle.step()
-            assert bits(grad_buffer) == bits(kept), f"{spec}: the gradient was written to"
-        assert bits(param) == bits(clone), f"{spec}: parameter"
-        assert bits(buffer[outside]) == bits(before), f"{spec}: memory outside the parameter"
+            assert bits(grad_buffer) == bits(kept), f"{name}: the gradient was written to"
+        assert bits(param) == bits(clone), f"{name}: parameter"
+        assert bits(buffer[outside]) == bits(before), f"{name}: memory outside the parameter"
         assert_same_bits(
-            optimizer.state.get(param, {}).values(), oracle.state.get(clone, {}).values(), f"{spec}: state"
+            optimizer.state.get(param, {}).values(), oracle.state.get(clone, {}).values(), f"{name}: state"
         )
+
+
+def test_strides_beyond_32_bits():
+    """Two elements 8 GiB apart, in memory that is never touched between them."""
+    try:
+        buffer = torch.empty(2**32 + 1, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("this system does not promise memory that it may not have")
+    param = torch.nn.Parameter(buffer.as_strided((2,), (2**32,)).fill_(1.0))
+    param.grad = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    fusedopt.SGD([param], lr=0.5).step()
+    assert param.tolist() == [0.5, 0.0]
 
 
 GRADIENTS = {
@@ -980,6 +997,19 @@ def test_number_of_threads_does_not_change_a_bit(spec, dtype, threads):
         train(optimizer, params, 2)
         results.append([*(bits(param) for param in params), bits(optimizer.grad_norm)])
     assert results[1:] == results[:1] * 3
+
+
+@only_on("cpu", "about its threads")
+def test_number_of_threads_does_not_change_a_bit_of_a_float64_norm(threads):
+    """Where no rounding to float32 hides the order of the sum, over enough tensors that it could differ."""
+    params = make_params(((1021,),) * 300, torch.float64)
+    optimizer = fusedopt.SGD(params)
+    set_grads(params, 0)
+    norms = set()
+    for count in (1, 2, 3, 4, 8):
+        threads(count)
+        norms.add(float(optimizer.clip_grad_norm_(float("inf"))))
+    assert len(norms) == 1
 
 
 @only_on("cpu", "about its threads")

@@ -1,0 +1,1210 @@
+"""Bugs, planted one at a time in a copy of the project, and the test that must notice each.
+
+    python -m tests.mutants                    all of them
+    python -m tests.mutants NAME... --jobs 4   those whose names contain one of these words
+
+A mutant is a file, a text that occurs in it exactly once, another in its place, and the node id of a test. The language does
+not matter: where the file is compiled, the commands that the build printed for the sources that include it are run again.
+Killed: the test fails by an assertion or an exception that says what is wrong. A mutant that does not compile or import, a
+crash, or a test that does not exist is an error of the list. tests/test_docs.py checks that the texts are still there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FORMULA = "test_formula.py::test_header_in_double_is_the_reference_in_float64"
+SAME_AS_TORCH = "test_torch_contract.py::test_comes_to_the_same_as_torch"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug and the test for it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str  # node id, from tests/
+
+    def apply(self, folder: Path) -> None:
+        path = folder / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            sys.exit(
+                f"{self.name}: the code moved on, update the mutant: {self.file} has {self.old!r} {text.count(self.old)} times"
+            )
+        path.write_text(text.replace(self.old, self.new))
+
+
+# ---- the bugs ----------------------------------------------------------------------------------------------------
+
+MUTANTS = [
+    Mutant(*row)
+    for row in [
+        # -- csrc/rules
+        (
+            "Adam: first bias correction of the next step",
+            "csrc/rules/adam.h",
+            "std::pow(hyper.beta1, step)",
+            "std::pow(hyper.beta1, step + 1)",
+            f"{FORMULA}[Adam(weight_decay=0.125)]",
+        ),
+        (
+            "Adam: second bias correction of the next step",
+            "csrc/rules/adam.h",
+            "std::pow(hyper.beta2, step)",
+            "std::pow(hyper.beta2, step + 1)",
+            f"{FORMULA}[Adam(weight_decay=0.125)]",
+        ),
+        (
+            "Adam: beta2 in the place of beta1",
+            "csrc/rules/adam.h",
+            "rule.beta1 = T(hyper.beta1)",
+            "rule.beta1 = T(hyper.beta2)",
+            f"{FORMULA}[Adam(weight_decay=0.125)]",
+        ),
+        (
+            "AdamW: decay not scaled by lr",
+            "csrc/rules/adam.h",
+            "1 - hyper.lr * hyper.weight_decay",
+            "1 - hyper.weight_decay",
+            f"{FORMULA}[AdamW(weight_decay=0.125)]",
+        ),
+        (
+            "AdamW: decay after the step instead of before",
+            "csrc/rules/adam.h",
+            "param = decay * param - step_size * (exp_avg / denom)",
+            "param = decay * (param - step_size * (exp_avg / denom))",
+            f"{FORMULA}[AdamW(weight_decay=0.125)]",
+        ),
+        (
+            "AdamW: decay decoupled and coupled at once",
+            "csrc/rules/adam.h",
+            "T(is_decoupled ? 0 : hyper.weight_decay)",
+            "T(hyper.weight_decay)",
+            f"{FORMULA}[AdamW(weight_decay=0.125)]",
+        ),
+        (
+            "Adam: eps inside the root",
+            "csrc/rules/adam.h",
+            "square_root(second_moment) * inv_bias_correction2_sqrt + eps",
+            "square_root(second_moment + eps) * inv_bias_correction2_sqrt",
+            f"{FORMULA}[Adam(weight_decay=0.125)]",
+        ),
+        (
+            "Adam: eps scaled by the bias correction",
+            "csrc/rules/adam.h",
+            "square_root(second_moment) * inv_bias_correction2_sqrt + eps",
+            "(square_root(second_moment) + eps) * inv_bias_correction2_sqrt",
+            f"{FORMULA}[Adam(weight_decay=0.125)]",
+        ),
+        (
+            "AMSGrad: maximum not stored",
+            "csrc/rules/adam.h",
+            "max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq);\n      second_moment = max_exp_avg_sq;",
+            "second_moment = maximum(max_exp_avg_sq, exp_avg_sq);",
+            f"{FORMULA}[Adam(weight_decay=0.125,amsgrad=True)]",
+        ),
+        (
+            "AMSGrad: maximum of the corrected moment",
+            "csrc/rules/adam.h",
+            "maximum(max_exp_avg_sq, exp_avg_sq);",
+            "maximum(max_exp_avg_sq, exp_avg_sq * inv_bias_correction2_sqrt);",
+            f"{FORMULA}[Adam(weight_decay=0.125,amsgrad=True)]",
+        ),
+        (
+            "SGD: decay of the wrong sign",
+            "csrc/rules/sgd.h",
+            "grad_coef * grad + weighted(l2, param)",
+            "grad_coef * grad - weighted(l2, param)",
+            f"{FORMULA}[SGD(momentum=0.9,weight_decay=0.125)]",
+        ),
+        (
+            "SGD: dampening at the first step",
+            "csrc/rules/sgd.h",
+            "is_first ? 1 : 1 - hyper.dampening",
+            "1 - hyper.dampening",
+            f"{FORMULA}[SGD(momentum=0.9,dampening=0.3,weight_decay=0.125)]",
+        ),
+        (
+            "SGD: Nesterov off",
+            "csrc/rules/sgd.h",
+            "T(hyper.nesterov != 0 ? 1 : 0);\n    rule.buffer_share = T(hyper.nesterov != 0 ? hyper.momentum : 1)",
+            "T(0);\n    rule.buffer_share = T(1)",
+            f"{FORMULA}[SGD(momentum=0.9,nesterov=True,weight_decay=0.125,maximize=True)]",
+        ),
+        (
+            "Adagrad: lr decays one step early",
+            "csrc/rules/adagrad.h",
+            "(step - 1) * hyper.lr_decay",
+            "step * hyper.lr_decay",
+            FORMULA,
+        ),
+        (
+            "Adagrad: eps on the wrong side of the root",
+            "csrc/rules/adagrad.h",
+            "hyper.eps_inside_sqrt != 0",
+            "hyper.eps_inside_sqrt == 0",
+            f"{FORMULA}[Adagrad(eps_inside_sqrt=True,eps=0.0001,weight_decay=0.125)]",
+        ),
+        (
+            "RMSprop: mean not subtracted when centered",
+            "csrc/rules/rmsprop.h",
+            "square_avg - grad_avg * grad_avg",
+            "square_avg",
+            f"{FORMULA}[RMSprop(centered=True,weight_decay=0.125,eps=0.001)]",
+        ),
+        (
+            "RMSprop: negative variance not bounded",
+            "csrc/rules/rmsprop.h",
+            "maximum(square_avg - grad_avg * grad_avg, T(0))",
+            "square_avg - grad_avg * grad_avg",
+            "test_formula.py::test_centered_variance_of_a_constant_gradient_is_not_negative",
+        ),
+        (
+            "RMSprop: momentum of the raw gradient",
+            "csrc/rules/rmsprop.h",
+            "momentum * momentum_buffer + update",
+            "momentum * momentum_buffer + grad",
+            f"{FORMULA}[RMSprop(momentum=0.9,weight_decay=0.125,maximize=True)]",
+        ),
+        (
+            "RMSprop: alpha for its complement",
+            "csrc/rules/rmsprop.h",
+            "T(1 - hyper.alpha)",
+            "T(hyper.alpha)",
+            f"{FORMULA}[RMSprop(weight_decay=0.125)]",
+        ),
+        (
+            "NAdam: mu_product is the last factor only",
+            "csrc/rules/nadam.h",
+            "mu_product *= mu;",
+            "mu_product = mu;",
+            f"{FORMULA}[NAdam(weight_decay=0.125)]",
+        ),
+        (
+            "NAdam: mu_product rounded to float32",
+            "csrc/rules/nadam.h",
+            "mu_product *= mu;",
+            "mu_product = float(mu_product * mu);",
+            f"{FORMULA}[NAdam(weight_decay=0.125)]",
+        ),
+        (
+            "NAdam: next momentum of this step",
+            "csrc/rules/nadam.h",
+            "(step + 1) * hyper.momentum_decay",
+            "step * hyper.momentum_decay",
+            f"{FORMULA}[NAdam(weight_decay=0.125,momentum_decay=0.05,betas=(0.8, 0.95),maximize=True)]",
+        ),
+        (
+            "Lion: betas exchanged",
+            "csrc/rules/lion.h",
+            "sign(beta1 * exp_avg + one_minus_beta1 * grad)",
+            "sign(beta2 * exp_avg + one_minus_beta2 * grad)",
+            f"{FORMULA}[Lion(weight_decay=0.125)]",
+        ),
+        (
+            "Lion: the updated average in the direction",
+            "csrc/rules/lion.h",
+            "const T update = sign(",
+            "exp_avg = beta2 * exp_avg + one_minus_beta2 * grad;\n    const T update = sign(",
+            f"{FORMULA}[Lion(weight_decay=0.125)]",
+        ),
+        (
+            "sign of 0 is 1",
+            "csrc/rules/math.h",
+            "x > T(0) ? T(1)",
+            "x >= T(0) ? T(1)",
+            "test_formula.py::test_zero_gradients_without_decay_move_nothing",
+        ),
+        (
+            "sign of NaN is 0",
+            "csrc/rules/math.h",
+            "x < T(0) ? T(-1) : x)",
+            "x < T(0) ? T(-1) : T(0))",
+            "test_clip.py::test_nonfinite_propagates_as_in_torch[Lion-in_the_step-nan]",
+        ),
+        (
+            "maximum drops NaN",
+            "csrc/rules/math.h",
+            "a > b || a != a ? a : b",
+            "a > b ? a : b",
+            "test_formula.py::test_gradients_beyond_range_leave_what_the_reference_leaves",
+        ),
+        (
+            "zero weight times infinity is NaN",
+            "csrc/rules/math.h",
+            "weight == T(0) ? T(0) : weight * x",
+            "weight * x",
+            "test_formula.py::test_masked_parameter_stays_minus_infinity",
+        ),
+        # -- csrc/storage.h
+        (
+            "bfloat16 truncated",
+            "csrc/storage.h",
+            "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16",
+            "bits >> 16",
+            "test_parity.py::test_narrow_parameters_are_rounded_once_to_nearest_even",
+        ),
+        (
+            "bfloat16: ties away from even",
+            "csrc/storage.h",
+            "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16",
+            "(bits + 0x8000) >> 16",
+            "test_parity.py::test_narrow_parameters_are_rounded_once_to_nearest_even",
+        ),
+        (
+            "bfloat16: NaN rounded to -0",
+            "csrc/storage.h",
+            "value != value ? quiet_nan : nearest_even",
+            "nearest_even",
+            "test_parity.py::test_nan_of_any_payload_stays_nan_in_narrow_parameters",
+        ),
+        (
+            "float16: ties away from even",
+            "csrc/storage.h",
+            "rebased + 0xfff + ((rebased >> 13) & 1)",
+            "rebased + 0x1000",
+            "test_parity.py::test_narrow_parameters_are_rounded_once_to_nearest_even",
+        ),
+        (
+            "float16: subnormals flushed when stored",
+            "csrc/storage.h",
+            "magnitude < 0x38800000 ? subnormal",
+            "magnitude < 0x38800000 ? 0u",
+            "test_parity.py::test_narrow_parameters_are_rounded_once_to_nearest_even",
+        ),
+        (
+            "float16: subnormals flushed when loaded",
+            "csrc/storage.h",
+            "magnitude < 0x400 ? subnormal",
+            "magnitude < 0x400 ? 0.0f",
+            "test_clip.py::test_norm_neither_overflows_nor_vanishes[torch.float16-6e-08-in_the_step]",
+        ),
+        (
+            "float16: overflow saturates",
+            "csrc/storage.h",
+            "? 0x7e00 : 0x7c00",
+            "? 0x7e00 : 0x7bff",
+            "test_parity.py::test_narrow_parameters_are_rounded_once_to_nearest_even",
+        ),
+        # -- csrc/cpu
+        (
+            "last seven elements skipped",
+            "csrc/cpu/kernels.inl",
+            "for (int64_t i = 0; i < count; ++i) rule(",
+            "for (int64_t i = 0; i + 7 < count; ++i) rule(",
+            f"{FORMULA}[SGD()]",
+        ),
+        (
+            "first element skipped",
+            "csrc/cpu/kernels.inl",
+            "for (int64_t i = 0; i < count; ++i) rule(",
+            "for (int64_t i = 1; i < count; ++i) rule(",
+            f"{FORMULA}[SGD()]",
+        ),
+        (
+            "norm: last element skipped",
+            "csrc/cpu/kernels.inl",
+            "for (int lane = 0; i < count; ++i, ++lane) {",
+            "for (int lane = 0; i + 1 < count; ++i, ++lane) {",
+            "test_clip.py::test_grad_norm_is_the_norm_before_clipping[in_the_step-torch.float32-cpu]",
+        ),
+        (
+            "norm: squares in float32",
+            "csrc/cpu/kernels.inl",
+            "const double x = scale * double(Codec::load(from[i + lane]));",
+            "const float x = float(scale * double(Codec::load(from[i + lane])));",
+            "test_clip.py::test_norm_neither_overflows_nor_vanishes",
+        ),
+        (
+            "one step count for neighbours",
+            "csrc/cpu/engine.cpp",
+            "compute == other.compute && step == other.step &&",
+            "compute == other.compute &&",
+            f"{SAME_AS_TORCH}[AdamW-gradients_come_and_go]",
+        ),
+        (
+            "hyperparameters of the first group for all",
+            "csrc/cpu/engine.cpp",
+            "rule == other.rule && group == other.group &&",
+            "rule == other.rule &&",
+            f"{SAME_AS_TORCH}[AdamW-groups_with_their_own_options]",
+        ),
+        (
+            "mu_product of a neighbour",
+            "csrc/cpu/engine.cpp",
+            "&&\n           extra == other.extra;",
+            ";",
+            f"{SAME_AS_TORCH}[NAdam-step_count_set_by_hand]",
+        ),
+        (
+            "scalars of another computing type",
+            "csrc/cpu/engine.cpp",
+            "compute == other.compute && step",
+            "step",
+            "test_torch_contract.py::test_dtypes_mix_in_one_group[AdamW]",
+        ),
+        (
+            "step counts of parameters without a gradient advance",
+            "csrc/cpu/engine.cpp",
+            "if (!entry.is_active) continue;\n    *entry.step += 1;",
+            "*entry.step += 1;",
+            f"{SAME_AS_TORCH}[AdamW-gradients_come_and_go]",
+        ),
+        (
+            "step counted twice",
+            "csrc/cpu/engine.cpp",
+            "*entry.step += 1;",
+            "*entry.step += 2;",
+            f"{SAME_AS_TORCH}[AdamW-lambda_lr]",
+        ),
+        (
+            "mu_product not stored for float32",
+            "csrc/cpu/engine.cpp",
+            "*reinterpret_cast<float*>(entry.extra) = float(value);",
+            "",
+            "test_parity.py::test_ten_steps_equal_torch_optim[NAdam(weight_decay=0.125)-torch.float32]",
+        ),
+        (
+            "norm: partial sums in an order that depends on threads",
+            "csrc/cpu/engine.cpp",
+            "table.partial_sums[c] = entry.is_active",
+            "table.partial_sums[c] = 0;\n      table.partial_sums[table.batches[i].begin] += entry.is_active",
+            "test_torch_contract.py::test_number_of_threads_does_not_change_a_bit_of_a_float64_norm",
+        ),
+        (
+            "norm: gradients of an earlier step",
+            "csrc/cpu/engine.cpp",
+            "= entry.is_active ? sum_of_squares(",
+            "= entry.operands[Entry::grad].data ? sum_of_squares(",
+            "test_clip.py::test_norm_is_of_the_gradients_there_are_now",
+        ),
+        (
+            "norm: bfloat16 gradients left out",
+            "csrc/cpu/engine.cpp",
+            "= entry.is_active ? sum_of_squares(",
+            "= entry.is_active && entry.operands[Entry::grad].dtype != DType::bfloat16 ? sum_of_squares(",
+            "test_clip.py::test_grad_norm_is_the_norm_before_clipping[in_the_step-torch.bfloat16-cpu]",
+        ),
+        (
+            "norm: huge float64 gradients overflow",
+            "csrc/cpu/engine.cpp",
+            "norm > 0x1p-480 && norm < 0x1p510",
+            "norm > 0x1p-480",
+            "test_clip.py::test_norm_neither_overflows_nor_vanishes",
+        ),
+        (
+            "norm: tiny float64 gradients vanish",
+            "csrc/cpu/engine.cpp",
+            "norm > 0x1p-480 && norm < 0x1p510",
+            "norm < 0x1p510",
+            "test_clip.py::test_norm_neither_overflows_nor_vanishes",
+        ),
+        (
+            "large finite float64 gradients taken for infinite",
+            "csrc/cpu/engine.cpp",
+            "0, entry.numel, 0x1p-540)",
+            "0, entry.numel, 1.0)",
+            "test_clip.py::test_error_names_the_gradient_that_is_not_finite_not_a_large_one",
+        ),
+        (
+            "float16 view with gaps written without them",
+            "csrc/cpu/engine.cpp",
+            "void* target = is_strided ? stored.bytes : operand.data",
+            "void* target = operand.data",
+            "test_torch_contract.py::test_any_layout_steps_as_its_contiguous_clone[every second element-float16]",
+        ),
+        (
+            "32-bit offset into a strided tensor",
+            "csrc/cpu/engine.cpp",
+            "  int64_t offset = 0;",
+            "  int32_t offset = 0;",
+            "test_torch_contract.py::test_strides_beyond_32_bits",
+        ),
+        (
+            "last chunk of a batch skipped",
+            "csrc/plan.h",
+            "batches.back().end = int32_t(i) + 1;",
+            "batches.back().end = std::max(int32_t(i), batches.back().begin + 1);",
+            "test_parity.py::test_cpu_engine_is_the_reference_to_rounding[SGD()-float32-float32]",
+        ),
+        (
+            "last elements of a tensor of several chunks skipped",
+            "csrc/plan.h",
+            "begin < entries[i].numel; begin += chunk_elements",
+            "begin == 0 || begin + chunk_elements <= entries[i].numel; begin += chunk_elements",
+            "test_parity.py::test_cpu_engine_is_the_reference_to_rounding[SGD()-float32-float32]",
+        ),
+        # -- csrc/bindings.cpp
+        (
+            "gradient's address of the first step",
+            "csrc/bindings.cpp",
+            "      entry.operands[Entry::grad].data = now.data;",
+            "      if (entry.operands[Entry::grad].data == nullptr) entry.operands[Entry::grad].data = now.data;",
+            "test_torch_contract.py::test_each_step_uses_the_gradients_it_finds[AdamW]",
+        ),
+        (
+            "gradient with other strides than last time mis-paired",
+            "csrc/bindings.cpp",
+            "!describe(grad, now) || !planned.grad_layout->fits(now) ||",
+            "!describe(grad, now) ||",
+            "test_torch_contract.py::test_gradient_may_have_other_strides_than_its_parameter[matrix-transposed-float32]",
+        ),
+        (
+            "`.data` swapped unnoticed",
+            "csrc/bindings.cpp",
+            "now.data == data && layout->fits(now)",
+            "layout->fits(now)",
+            f"{SAME_AS_TORCH}[AdamW-data_swapped]",
+        ),
+        (
+            "state with a new layout unnoticed",
+            "csrc/bindings.cpp",
+            "if (!written[i].unmoved()) return false;",
+            "",
+            "test_torch_contract.py::test_state_whose_layout_changed_in_place_is_followed[by the C ABI-AdamW]",
+        ),
+        (
+            "state tensor replaced unnoticed",
+            "csrc/bindings.cpp",
+            "if (!visit(value)) return false;",
+            "",
+            f"{SAME_AS_TORCH}[AdamW-state_replaced]",
+        ),
+        (
+            "state cleared unnoticed",
+            "csrc/bindings.cpp",
+            "return same && i == seen_.size();",
+            "return same;",
+            f"{SAME_AS_TORCH}[AdamW-state_cleared]",
+        ),
+        # -- fusedopt/plan.py
+        (
+            "group added later not planned",
+            "fusedopt/plan.py",
+            "len(param_groups) == len(self._options)\n            and self._watch.unchanged(param_groups, state)\n"
+            "            and self._read_options(param_groups)",
+            "self._read_options(param_groups[: len(self._options)])",
+            f"{SAME_AS_TORCH}[AdamW-group_added_in_the_middle]",
+        ),
+        (
+            "hyperparameters validated at construction only",
+            "fusedopt/plan.py",
+            "                check_options(self.rule, group)",
+            "                pass",
+            "test_errors.py::test_option_set_out_of_range_later_is_refused_by_the_step",
+        ),
+        (
+            "refusal of one group loses the change of another",
+            "fusedopt/plan.py",
+            "known = list(self._options)",
+            "known = self._options",
+            "test_errors.py::test_option_switched_beside_a_refused_one_still_takes_effect",
+        ),
+        (
+            "option that adds a state switched unnoticed",
+            "fusedopt/plan.py",
+            "is_same_kernel &= known[index] is None or known[index][2] == options[2]",
+            "is_same_kernel &= True",
+            "test_torch_contract.py::test_option_that_adds_a_state_may_be_switched_on_and_off",
+        ),
+        (
+            "maximize ignored",
+            "fusedopt/plan.py",
+            "-1.0 if options[1] else 1.0",
+            "1.0",
+            f"{FORMULA}[Adam(weight_decay=0.125,betas=(0.8, 0.95),maximize=True)]",
+        ),
+        (
+            "clip coefficient applied twice",
+            "fusedopt/plan.py",
+            "sign * coef for sign",
+            "sign * coef * coef for sign",
+            "test_clip.py::test_clipped_steps_equal_torchs[SGD-in_the_step-1.0]",
+        ),
+        (
+            "overlapping parameters not noticed",
+            "fusedopt/plan.py",
+            "            self._check_overlap(planned)\n",
+            "",
+            "test_errors.py::test_step_refuses_by_name_and_changes_nothing"
+            "[AdamW-overlapping_parameters-first step-cpu-None]",
+        ),
+        (
+            "overlap looked for among active parameters only",
+            "fusedopt/plan.py",
+            "self._check_overlap(planned)",
+            "self._check_overlap([entry for entry in planned if entry.param.grad is not None])",
+            "test_errors.py::test_overlap_of_parameters_that_take_turns_is_noticed",
+        ),
+        (
+            "fresh state left behind by a refused step",
+            "fusedopt/plan.py",
+            "known.pop(name, None)",
+            "pass",
+            "test_errors.py::test_step_that_does_not_happen_makes_no_optional_state",
+        ),
+        (
+            "used state discarded",
+            "fusedopt/plan.py",
+            "for entry, step, names in self._fresh if float(entry.step) == step]",
+            "for entry, step, names in self._fresh]",
+            "test_errors.py::test_state_that_an_update_has_used_is_kept",
+        ),
+        (
+            "gradient with other strides paired by address",
+            "fusedopt/plan.py",
+            "_is_dense(t) and _same_strides(t, param)",
+            "_is_dense(t)",
+            "test_torch_contract.py::test_gradient_may_have_other_strides_than_its_parameter[matrix-transposed-float32]",
+        ),
+        (
+            "expanded gradient paired by address",
+            "fusedopt/plan.py",
+            "_is_dense(t) and _same_strides(t, param)",
+            "_is_dense(param) and (_same_strides(t, param) or not _is_dense(t))",
+            "test_torch_contract.py::test_gradient_may_have_other_strides_than_its_parameter[matrix-expanded row-float32]",
+        ),
+        (
+            "elements between those of a view written",
+            "fusedopt/plan.py",
+            "_is_dense(t) and _same_strides(t, param)",
+            "_same_strides(t, param)",
+            "test_torch_contract.py::test_any_layout_steps_as_its_contiguous_clone[every second element-float32]",
+        ),
+        (
+            "states in the parameter's 16 bits",
+            "fusedopt/plan.py",
+            "return torch.float64 if param.dtype == torch.float64 else torch.float32",
+            "return param.dtype",
+            "test_parity.py::test_cpu_engine_is_the_reference_to_rounding[AdamW(weight_decay=0.125)-bfloat16-bfloat16]",
+        ),
+        (
+            "gradient of another shape accepted",
+            "fusedopt/plan.py",
+            "grad.shape != param.shape",
+            "grad.numel() != param.numel()",
+            "test_errors.py::test_step_refuses_by_name_and_changes_nothing"
+            "[SGD-gradient_of_another_shape-first step-cpu-None]",
+        ),
+        (
+            "state of another shape accepted",
+            "fusedopt/plan.py",
+            "value.shape != param.shape",
+            "value.numel() > param.numel()",
+            "test_errors.py::test_step_refuses_by_name_and_changes_nothing"
+            "[AdamW-state_of_another_shape-third step-reference-None]",
+        ),
+        (
+            "state whose elements share addresses accepted",
+            "fusedopt/plan.py",
+            "value.numel() > 0 and _overlaps_itself(value)",
+            "False",
+            "test_errors.py::test_step_refuses_by_name_and_changes_nothing[AdamW-expanded_state-third step-cpu-None]",
+        ),
+        (
+            "lazily negated gradient read as it lies",
+            "fusedopt/plan.py",
+            "if tensor.is_neg():",
+            "if False:",
+            "test_errors.py::test_lazily_negated_gradient_is_refused[first step]",
+        ),
+        (
+            "parameter listed twice updated twice",
+            "fusedopt/plan.py",
+            "                seen.add(id(param))\n",
+            "",
+            "test_torch_contract.py::test_parameter_listed_twice_counts_once[AdamW]",
+        ),
+        (
+            "buffer of a rule without a step count starts again at every plan",
+            "fusedopt/plan.py",
+            "0.0 if is_new else 1.0",
+            "0.0",
+            f"{SAME_AS_TORCH}[SGD-data_swapped]",
+        ),
+        (
+            "initial accumulator ignored",
+            "fusedopt/plan.py",
+            "value.fill_(float(group[kept.initial]))",
+            "value.fill_(0.0)",
+            FORMULA,
+        ),
+        (
+            "common norm overflows",
+            "fusedopt/plan.py",
+            "return largest * sum((norm / largest) ** 2 for norm in norms) ** 0.5",
+            "return sum(norm * norm for norm in norms) ** 0.5",
+            "test_clip.py::test_norm_neither_overflows_nor_vanishes[torch.float64-1e+200-by_function_over_two]",
+        ),
+        # -- fusedopt/optimizer.py, fusedopt/optimizers
+        (
+            "closure runs without gradients",
+            "fusedopt/optimizer.py",
+            "with torch.enable_grad():",
+            "with torch.no_grad():",
+            "test_torch_contract.py::test_closure_runs_once_first_and_with_gradients_enabled[AdamW]",
+        ),
+        (
+            "two threads in one step",
+            "fusedopt/optimizer.py",
+            "self._in_step.setdefault(process, thread) != thread",
+            "self._in_step.setdefault(process, thread) is None",
+            "test_torch_contract.py::test_step_during_a_step_of_another_thread_is_refused[AdamW]",
+        ),
+        (
+            "copy loses max_grad_norm and nonfinite",
+            "fusedopt/optimizer.py",
+            '"_clip": self._clip,',
+            '"_clip": clip.Clip(None, "propagate"),',
+            "test_torch_contract.py::test_copy_goes_on_alone_with_the_same_bits[AdamW-pickled]",
+        ),
+        (
+            "copy loses its backend",
+            "fusedopt/optimizer.py",
+            '"_backend": self._backend}',
+            '"_backend": None}',
+            "test_torch_contract.py::test_copy_goes_on_alone_with_the_same_bits[SGD-pickled]",
+        ),
+        (
+            "deferred clip kept by zero_grad",
+            "fusedopt/optimizer.py",
+            "super().zero_grad(set_to_none)\n        self._clip.forget()",
+            "super().zero_grad(set_to_none)",
+            "test_clip.py::test_zero_grad_forgets_a_pending_clip[SGD-True]",
+        ),
+        (
+            "deferred clip kept by load_state_dict",
+            "fusedopt/optimizer.py",
+            "param_groups})\n        self._clip.forget()",
+            "param_groups})",
+            "test_checkpoints.py::test_pending_clip_does_not_survive_a_load[SGD]",
+        ),
+        (
+            "loaded states are those of the given dict",
+            "fusedopt/optimizer.py",
+            "return own.copy_(value)",
+            "return value.to(own.dtype)",
+            "test_checkpoints.py::test_loaded_dict_is_neither_changed_nor_kept[AdamW-torch.float32]",
+        ),
+        (
+            "loaded options are those of the given dict",
+            "fusedopt/optimizer.py",
+            'deepcopy(state_dict["param_groups"])',
+            '[dict(group) for group in state_dict["param_groups"]]',
+            "test_checkpoints.py::test_loaded_dict_is_neither_changed_nor_kept[AdamW-torch.float32]",
+        ),
+        (
+            "loaded states cast to 16 bits",
+            "fusedopt/optimizer.py",
+            "own = torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)",
+            "own = torch.empty_like(param, requires_grad=False)",
+            "test_checkpoints.py::test_states_of_narrow_parameters_stay_float32[AdamW-ours]",
+        ),
+        (
+            "loaded step count lost",
+            "fusedopt/optimizer.py",
+            "return torch.tensor(float(value), dtype=dtype",
+            'return torch.tensor(0.0 if name == "step" else float(value), dtype=dtype',
+            "test_checkpoints.py::test_own_resume_is_bit_exact[AdamW(weight_decay=0.125)-torch.float32]",
+        ),
+        (
+            "loaded mu_product rounded to float32",
+            "fusedopt/optimizer.py",
+            'dtype = torch.float32 if name == "step" else state_dtype(param)',
+            "dtype = torch.float32",
+            "test_checkpoints.py::test_own_resume_is_bit_exact[NAdam(weight_decay=0.125)-torch.float64]",
+        ),
+        (
+            "checkpoint's states dealt out regardless of groups",
+            "fusedopt/optimizer.py",
+            "                (saved_id, param, f",
+            "                (i, param, f",
+            "test_checkpoints.py::test_run_goes_on_in_the_other_library"
+            "[AdamW(weight_decay=0.125)-torch to ours-torch.float32]",
+        ),
+        (
+            "checkpoint's state of another shape accepted",
+            "fusedopt/optimizer.py",
+            "not isinstance(value, torch.Tensor) or value.shape != param.shape",
+            "not isinstance(value, torch.Tensor) or value.numel() != param.numel()",
+            "test_checkpoints.py::test_checkpoint_that_does_not_fit_is_refused_whole[AdamW-transposed]",
+        ),
+        (
+            "checkpoint without step counts accepted",
+            "fusedopt/optimizer.py",
+            '["step"] * self.rule.keeps_step + ',
+            "",
+            "test_checkpoints.py::test_checkpoint_that_does_not_fit_is_refused_whole[AdamW-missing_step]",
+        ),
+        (
+            "refused group stays",
+            "fusedopt/optimizer.py",
+            "            self.param_groups.pop()\n",
+            "",
+            "test_errors.py::test_unsupported_parameter_dtype_is_refused_at_construction[AdamW-torch.complex64]",
+        ),
+        (
+            "options that a checkpoint lacks are lost",
+            "fusedopt/optimizer.py",
+            "group.setdefault(name, value)",
+            "pass",
+            "test_checkpoints.py::test_options_that_an_old_checkpoint_lacks_are_the_constructors[AdamW]",
+        ),
+        (
+            "AMP: scale ignored",
+            "fusedopt/optimizer.py",
+            "1.0 if grad_scale is None else float(grad_scale)",
+            "1.0",
+            "test_torch_contract.py::test_scaled_gradients_step_as_unscaled_ones[SGD-None-at the step]",
+        ),
+        (
+            "AMP: found_inf ignored",
+            "fusedopt/optimizer.py",
+            "found_inf is not None and bool(found_inf)",
+            "False",
+            "test_torch_contract.py::test_found_inf_changes_nothing[AdamW-third step-at the step]",
+        ),
+        (
+            "AMP: found_inf ignored after unscale_",
+            "fusedopt/optimizer.py",
+            "found_inf is not None and bool(found_inf)",
+            "grad_scale is not None and bool(found_inf)",
+            "test_torch_contract.py::test_found_inf_changes_nothing[AdamW-third step-by unscale_]",
+        ),
+        (
+            "gradients kept after the step",
+            "fusedopt/optimizer.py",
+            "                    plan.release()\n",
+            "",
+            "test_torch_contract.py::test_no_gradient_is_kept_after_a_step[AdamW]",
+        ),
+        (
+            "AdamW becomes Adam by a checkpoint",
+            "fusedopt/optimizers/adam.py",
+            'group["decoupled_weight_decay"] = True',
+            'group.setdefault("decoupled_weight_decay", True)',
+            "test_checkpoints.py::test_adamw_that_loads_adams_checkpoint_stays_decoupled",
+        ),
+        # -- fusedopt/clip.py
+        (
+            "clip coefficient without 1e-6",
+            "fusedopt/clip.py",
+            "    coef = max_norm / (norm + 1e-6)",
+            "    coef = max_norm / norm if norm else 1.0",
+            "test_clip.py::test_coefficient_is_torchs_where_the_norm_is_tiny[in_the_step]",
+        ),
+        (
+            "clip coefficient above 1",
+            "fusedopt/clip.py",
+            "return 1.0 if coef >= 1 else coef",
+            "return coef",
+            "test_clip.py::test_clipped_steps_equal_torchs[SGD-in_the_step-1000000.0]",
+        ),
+        (
+            "clip coefficient of a NaN norm is 1",
+            "fusedopt/clip.py",
+            "return 1.0 if coef >= 1 else coef",
+            "return coef if coef < 1 else 1.0",
+            "test_clip.py::test_nonfinite_propagates_as_in_torch[SGD-in_the_step-nan]",
+        ),
+        (
+            "infinite limit over an infinite norm is NaN",
+            "fusedopt/clip.py",
+            "    if max_norm == math.inf:\n        return 1.0\n",
+            "",
+            "test_clip.py::test_infinite_norm_under_an_infinite_limit_is_not_nan",
+        ),
+        (
+            "AMP: norm of the scaled gradients",
+            "fusedopt/clip.py",
+            "norm = plan.grad_norm() * abs(coef)",
+            "norm = plan.grad_norm()",
+            "test_torch_contract.py::test_scaled_gradients_step_as_unscaled_ones[SGD-0.5-at the step]",
+        ),
+        (
+            "deferred clip kept after its step",
+            "fusedopt/clip.py",
+            "        self.forget()\n        return coef\n",
+            "        return coef\n",
+            "test_clip.py::test_pending_clip_applies_to_one_step[SGD]",
+        ),
+        (
+            "deferred clip not applied",
+            "fusedopt/clip.py",
+            "coef = self.pending_coef(plan) / grad_scale",
+            "coef = 1.0 / grad_scale",
+            "test_clip.py::test_clipped_steps_equal_torchs[SGD-by_method-1.0]",
+        ),
+        (
+            "second clip drops the first",
+            "fusedopt/clip.py",
+            "clip.defer(plan, coef * coefficient(norm, limit)",
+            "clip.defer(plan, coefficient(norm, limit)",
+            "test_clip.py::test_clipping_twice_composes_as_in_torch[SGD]",
+        ),
+        (
+            "deferred clip of gradients that were written to",
+            "fusedopt/clip.py",
+            "return self.knows(grad) and _version_of(grad) == self.grads[id(grad)][1]",
+            "return self.knows(grad)",
+            "test_clip.py::test_step_refuses_a_deferred_clip_for_other_gradients[SGD-noise]",
+        ),
+        (
+            "copy shares a deferred clip",
+            "fusedopt/clip.py",
+            '{**self.__dict__, "_pending": None}',
+            '{**self.__dict__, "_pending": self._pending and Pending(self._pending.coef, True, {})}',
+            "test_clip.py::test_copy_of_an_optimizer_has_no_deferred_clip",
+        ),
+        (
+            "skipped step is taken",
+            "fusedopt/clip.py",
+            'self.nonfinite == "skip":\n            self._skip()\n            return None',
+            'self.nonfinite == "skip":\n            self._skip()\n            return 0.0',
+            "test_clip.py::test_skip_leaves_everything_as_it_was[AdamW-in_the_step-inf-third step]",
+        ),
+        (
+            "skipped step not counted",
+            "fusedopt/clip.py",
+            "self.skipped_steps += 1",
+            "pass",
+            "test_torch_contract.py::test_found_inf_changes_nothing[AdamW-first step-at the step]",
+        ),
+        (
+            "NaN accepted as a limit",
+            "fusedopt/clip.py",
+            "if not value >= 0:",
+            "if value < 0:",
+            "test_clip.py::test_bad_limit_is_refused_everywhere[nan]",
+        ),
+        # -- fusedopt/rules.py
+        (
+            "beta of 1 accepted",
+            "fusedopt/rules.py",
+            "low <= value < high or",
+            "low <= value <= high or",
+            "test_errors.py::test_option_that_the_row_refuses",
+        ),
+        (
+            "Nesterov with dampening accepted",
+            "fusedopt/rules.py",
+            'group["momentum"] > 0 and group["dampening"] == 0',
+            'group["momentum"] > 0',
+            "test_errors.py::test_option_that_the_row_refuses",
+        ),
+        (
+            "Lion's betas cross into C++ in another order",
+            "fusedopt/rules.py",
+            'hyper=("lr", "beta1", "beta2", "weight_decay"),',
+            'hyper=("lr", "beta2", "beta1", "weight_decay"),',
+            "test_formula.py::test_table_and_header_agree_on_scalars_and_states[lion]",
+        ),
+        # -- fusedopt/reference.py
+        (
+            "reference: SGD's buffer starts at 0",
+            "fusedopt/reference.py",
+            "grad if step == 1 else momentum",
+            "momentum",
+            f"{FORMULA}[SGD(momentum=0.9,dampening=0.3,weight_decay=0.125)]",
+        ),
+        (
+            "reference: lr decays one step early",
+            "fusedopt/reference.py",
+            "(step - 1) * lr_decay",
+            "step * lr_decay",
+            FORMULA,
+        ),
+        (
+            "reference: NAdam's next momentum of this step",
+            "fusedopt/reference.py",
+            "(step + 1) * momentum_decay",
+            "step * momentum_decay",
+            f"{FORMULA}[NAdam(weight_decay=0.125)]",
+        ),
+        (
+            "reference: Lion averages with beta1",
+            "fusedopt/reference.py",
+            'beta2 * state["exp_avg"] + (1 - beta2) * grad\n',
+            'beta1 * state["exp_avg"] + (1 - beta1) * grad\n',
+            f"{FORMULA}[Lion(weight_decay=0.125)]",
+        ),
+        (
+            "reference: norm overflows",
+            "fusedopt/reference.py",
+            'if not 0 < largest < float("inf"):',
+            'largest = largest / largest\n    if not 0 < largest < float("inf"):',
+            "test_clip.py::test_reference_norm_neither_overflows_nor_vanishes",
+        ),
+        (
+            "reference: clip coefficient above 1",
+            "fusedopt/reference.py",
+            "(max_norm / (norm + 1e-6)).clamp(max=1.0)",
+            "max_norm / (norm + 1e-6)",
+            "test_clip.py::test_coefficient_is_the_references",
+        ),
+        # -- fusedopt/backends
+        (
+            "version counters not advanced",
+            "fusedopt/backends/cpu.py",
+            "torch.autograd.graph.increment_version, written",
+            "torch.autograd.graph.increment_version, []",
+            "test_torch_contract.py::test_autograd_notices_that_a_saved_parameter_changed[AdamW]",
+        ),
+        (
+            "version counters of parameters without a gradient advanced",
+            "fusedopt/backends/cpu.py",
+            "written = self._params if is_all else",
+            "written = self._params if True else",
+            "test_torch_contract.py::test_autograd_notices_that_a_saved_parameter_changed[AdamW]",
+        ),
+        (
+            "reference backend: gradient modified",
+            "fusedopt/backends/reference.py",
+            "grad_coef * param.grad.to(dtype)",
+            "param.grad.mul_(grad_coef).to(dtype)",
+            "test_parity.py::test_reference_backend_keeps_the_same_bound"
+            "[Lion(weight_decay=0.125,betas=(0.95, 0.98),maximize=True)-float32-float32]",
+        ),
+        (
+            "reference backend: error after half of the update",
+            "fusedopt/backends/reference.py",
+            "new_values = [self._computed(entry, scalars[entry.group], grad_coefs[entry.group]) for entry in self._active()]",
+            "new_values = (self._computed(entry, scalars[entry.group], grad_coefs[entry.group]) for entry in self._active())",
+            "test_errors.py::test_update_that_fails_leaves_no_trace[AdamW-reference]",
+        ),
+        (
+            "reference backend: mu_product rounded to float32",
+            "fusedopt/backends/reference.py",
+            "torch.tensor(new_state[self._rule.extra], dtype=torch.float64)",
+            "torch.tensor(new_state[self._rule.extra], dtype=torch.float32)",
+            "test_parity.py::test_reference_backend_keeps_the_same_bound[NAdam(weight_decay=0.125)-float64-float64]",
+        ),
+        (
+            "environment overrules the backend asked for",
+            "fusedopt/backends/__init__.py",
+            'name = name if name is not None else os.environ.get("FUSEDOPT_BACKEND") or "auto"',
+            'name = os.environ.get("FUSEDOPT_BACKEND") or name or "auto"',
+            "test_errors.py::test_backend_asked_for_overrules_the_environment",
+        ),
+    ]
+]
+
+
+# ---- copies of the project ---------------------------------------------------------------------------------------
+
+# These take only names and sizes from what they include, and need not be compiled again for a change in it.
+INDIFFERENT = {"csrc/bindings.cpp": ("csrc/rules/", "csrc/storage.h")}
+# A failure by one of these says that the mutant is not a program, not that a test noticed it.
+NOT_A_PROGRAM = (
+    "SyntaxError",
+    "IndentationError",
+    "NameError",
+    "UnboundLocalError",
+    "ImportError",
+    "ModuleNotFoundError",
+)
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "pytest", "hypothesis"])
+
+
+class ListError(Exception):
+    """A mutant or its test is not what the list takes it for."""
+
+
+def run(folder: Path, *command: str) -> str:
+    """What a command prints; it must succeed."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "MAX_JOBS": "1"}
+    result = subprocess.run(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if result.returncode != 0:
+        raise ListError(f"{shlex.join(command)}\n{result.stdout[-3000:]}")
+    return result.stdout
+
+
+def make_copy(folder: Path) -> None:
+    """The files that git tracks or would add, as they are now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    # Where the installed package has them; else the import would find those of the project itself.
+    (folder / "fusedopt/kernels").symlink_to("../kernels")
+
+
+def build(folder: Path) -> list[list[str]]:
+    """Builds the extension; returns the commands of compilers and linkers that it printed, with relative paths."""
+    output = run(folder, sys.executable, "setup.py", "build_ext", "--inplace")
+    commands = [shlex.split(line.replace(f"{folder}/", "")) for line in output.splitlines() if " -o " in line]
+    isa = run(folder, sys.executable, "-c", "import fusedopt; print(fusedopt._C.isa())").strip()
+    made = [command for command in commands if (folder / command[command.index("-o") + 1]).is_file()]  # and no probe
+    return [command for command in made if not is_of_another_isa(folder, command, isa)]
+
+
+def sources(command: list[str]) -> list[str]:
+    return [word for word in command if word.endswith((".cpp", ".cu"))]
+
+
+def is_of_another_isa(folder: Path, command: list[str], isa: str) -> bool:
+    """Whether it compiles loops that this machine does not use."""
+    return any('#include "kernels.inl"' in (folder / s).read_text() and Path(s).stem != isa for s in sources(command))
+
+
+def includes(folder: Path, source: str, file: str) -> bool:
+    """Whether a source is, or includes, a file, directly or not."""
+    if source == file:
+        return True
+    names = re.findall(r'^#include "([^"]+)"', (folder / source).read_text(), re.M)
+    paths = (os.path.normpath(Path(source).parent / name) for name in names)
+    return any(includes(folder, path, file) for path in paths if (folder / path).is_file())
+
+
+def rebuild(folder: Path, commands: list[list[str]], file: str) -> None:
+    """Compiles what depends on one file, and links."""
+    changed = set()
+    for command in commands:
+        target = command[command.index("-o") + 1]
+        needs = any(
+            includes(folder, s, file) and not file.startswith(INDIFFERENT.get(s, ("/",))) for s in sources(command)
+        )
+        if needs or changed & set(command):
+            run(folder, *command)
+            changed.add(target)
+            if target.endswith(".so") and not target.startswith("fusedopt/"):
+                shutil.copy2(folder / target, folder / "fusedopt" / Path(target).name)
+    if not changed:
+        raise ListError(f"nothing is compiled from {file}")
+
+
+def pytest_in(folder: Path, arguments: list[str], output: Path) -> None:
+    """In a process of its own, forked where torch is imported already: that takes longer than most tests."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    os.environ.update(PYTHONPATH=str(folder), COLUMNS="1000")  # no line of the summary is cut
+    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    import pytest
+
+    sys.exit(pytest.main(arguments))
+
+
+def failed_test(folder: Path, tests: Iterable[str]) -> tuple[str, str] | None:
+    """Runs tests up to the first that fails: its node id and why, or None if all pass."""
+    options = ["-x", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider"]
+    output = folder / "output"
+    process = FORKS.Process(target=pytest_in, args=(folder, options + [f"tests/{test}" for test in tests], output))
+    process.start()
+    process.join(600)
+    if process.is_alive():
+        process.kill()
+        raise ListError("no end after 600 s")
+    text = output.read_text(errors="replace")
+    if process.exitcode == 0 and re.search(r"^\d+ passed", text, re.M):  # and not skipped
+        return None
+    found = re.search(r"^FAILED tests/(.+?)(?: - (.*))?$", text, re.M)
+    if process.exitcode != 1 or found is None or (found[2] or "").startswith(NOT_A_PROGRAM):
+        raise ListError(f"pytest ended with {process.exitcode}\n{text[-3000:]}")
+    return found[1], found[2] or ""
+
+
+def try_out(mutant: Mutant, built: Path, commands: list[list[str]]) -> tuple[str, str, float, float]:
+    """(outcome, the test that failed or what went wrong, seconds of building, seconds of testing)"""
+    began = time.perf_counter()
+    compiled = began
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, "copy")
+        shutil.copytree(built, folder, symlinks=True)
+        mutant.apply(folder)
+        try:
+            if mutant.file.startswith("csrc/"):
+                rebuild(folder, commands, mutant.file)
+            compiled = time.perf_counter()
+            failed = failed_test(folder, [mutant.test])
+            outcome = ("SURVIVED", mutant.test) if failed is None else ("killed", failed[0])
+        except ListError as error:
+            outcome = "ERROR", str(error)
+    return *outcome, compiled - began, time.perf_counter() - compiled
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    parser = argparse.ArgumentParser(prog="mutants", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="only mutants whose name contains one of these words")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="mutants at a time (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    chosen = [
+        m for m in MUTANTS if not arguments.names or any(name.lower() in m.name.lower() for name in arguments.names)
+    ]
+    if not chosen:
+        sys.exit("no mutant has such a name")
+
+    console = Console(highlight=False)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as parent:
+        built = Path(parent, "copy")
+        make_copy(built)
+        try:
+            commands = build(built)
+            failed = failed_test(built, sorted({mutant.test for mutant in chosen}))
+        except ListError as error:
+            sys.exit(f"without a mutant: {error}")
+        if failed:
+            sys.exit(f"without a mutant, {failed[0]} fails: {failed[1]}")
+        console.print(f"all tests pass without a mutant ({time.perf_counter() - began:.0f} s)")
+
+        results = []
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for mutant, result in zip(chosen, pool.map(lambda m: try_out(m, built, commands), chosen), strict=True):
+                console.print(f"{result[0]:8}  {mutant.name}", markup=False)
+                results.append((mutant, result))
+
+    table = Table("mutant", "file", "outcome", Column("by", no_wrap=True), "build s", "test s")
+    for mutant, (outcome, by, build_seconds, test_seconds) in results:
+        cells = mutant.name, mutant.file, outcome, by.split("\n")[0], f"{build_seconds:.1f}", f"{test_seconds:.1f}"
+        table.add_row(*map(escape, cells), style="" if outcome == "killed" else "bold red")
+    console.print(table)
+    for mutant, (outcome, by, *_) in results:
+        if outcome == "ERROR":
+            console.print(f"\n{mutant.name}: {by}", markup=False)
+    killed = sum(outcome == "killed" for _, (outcome, *_) in results)
+    console.print(f"{killed} of {len(results)} mutants killed in {time.perf_counter() - began:.0f} s")
+    sys.exit(killed != len(results))
+
+
+if __name__ == "__main__":
+    main()
