@@ -309,7 +309,8 @@ class Plan:
             if grad is None or grad.numel() == 0 or _is_same_memory(grad, entry.param):
                 continue
             span = _Span(entry, grad, "gradient")
-            for cluster in clusters[max(bisect_right(starts, (span.device, span.begin)) - 1, 0) :]:
+            first = max(bisect_right(starts, (span.device, span.begin)) - 1, 0)
+            for cluster in map(clusters.__getitem__, range(first, len(clusters))):  # a slice would copy all the rest
                 if (cluster[0].device, cluster[0].begin) >= (span.device, span.end):
                     break
                 if cluster[0].device == span.device and max(other.end for other in cluster) > span.begin:

@@ -5,6 +5,7 @@ import functools
 import gc
 import inspect
 import io
+import math
 import os
 import pickle
 import re
@@ -285,6 +286,64 @@ def lambda_lr(spec, make):
     for step in range(5):
         train(optimizer, params, 1, step)
         scheduler.step()
+    return optimizer
+
+
+@scenario
+def lambda_lr_of_each_group(spec, make):
+    params = params64()
+    optimizer = make([{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.02}])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda epoch: 0.5**epoch, lambda epoch: 1 + epoch])
+    for step in range(4):
+        train(optimizer, params, 1, step)
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1 / 16, 0.1]
+    return optimizer
+
+
+@scenario
+def lr_reduced_on_a_plateau(spec, make):
+    params = params64()
+    optimizer = make(params, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=1)
+    for step in range(6):
+        train(optimizer, params, 1, step)
+        scheduler.step(1.0)
+    assert optimizer.param_groups[0]["lr"] < 0.02
+    return optimizer
+
+
+@scenario
+def weights_averaged_and_swapped_in(spec, make):
+    """`AveragedModel` copies the model, not the optimizer; its average then goes back into the trained model."""
+    model = torch.nn.Linear(7, 5, dtype=torch.float64)
+    params = list(model.parameters())
+    with torch.no_grad():
+        for i, param in enumerate(params):
+            param.copy_(randn(param.shape, torch.float64, i))
+    optimizer = make(params)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    for step in range(4):
+        train(optimizer, params, 1, step)
+        average.update_parameters(model)
+    assert bits(average.module.weight) != bits(model.weight)
+    model.load_state_dict(average.module.state_dict())
+    train(optimizer, params, 2, 4)
+    return optimizer
+
+
+@scenario
+def step_count_that_float32_cannot_raise(spec, make):
+    """From 2²⁴ on, adding 1 to a float32 changes nothing: torch's count stays there, and so does ours."""
+    params = params64()
+    optimizer = make(params)
+    train(optimizer, params, 1)
+    for param in params:
+        if "step" in optimizer.state.get(param, {}):
+            optimizer.state[param]["step"].fill_(2.0**24 - 2)
+    train(optimizer, params, 4, 1)
+    counts = {float(optimizer.state[param].get("step", 2.0**24)) for param in params if param in optimizer.state}
+    assert counts <= {2.0**24}
     return optimizer
 
 
@@ -900,6 +959,75 @@ def test_parameter_that_changes_dtype_needs_fitting_state(spec):
         optimizer.step()
 
 
+@only_on("cpu", "the reference is what it is compared with")
+@every_dtype
+@every_class
+def test_extreme_gradients_give_the_references_elements(spec, dtype):
+    """NaN, infinities, subnormal and huge values: every other element as if they were not there."""
+    info = torch.finfo(dtype)
+    odd = [math.nan, math.inf, -math.inf, info.smallest_normal / 4, -0.0, 0.0, info.max, -info.max, info.tiny]
+    results = []
+    for backend in ("cpu", "reference"):
+        params = make_params(((257,), (3, 5)), dtype)
+        optimizer = spec.make(params, backend=backend)
+        for step in range(3):
+            set_grads(params, step)
+            if step == 1:
+                params[0].grad[7 : 7 + len(odd)] = torch.tensor(odd, dtype=dtype)
+            optimizer.step()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        results.append([*(param.detach() for param in params), *states])
+    eps = 4 * info.eps if dtype in (torch.bfloat16, torch.float16) else 64 * info.eps
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=max(eps, 1e-5), atol=0.02 * eps, equal_nan=True)
+    assert results[0][0].isnan().any()
+
+
+@only_on("cpu", "the reference takes too long")
+def test_every_one_of_very_many_tiny_parameters_moves():
+    pool = torch.zeros(100_000)
+    params = [torch.nn.Parameter(element) for element in pool.unbind()]
+    optimizer = fusedopt.SGD(params, lr=1.0)
+    for step in range(2):
+        for param, grad in zip(params, (1 + torch.arange(100_000.0)).unbind(), strict=True):
+            param.grad = grad
+        optimizer.step()
+        assert torch.equal(pool, -(step + 1) * (1 + torch.arange(100_000.0)))
+
+
+@every_class
+def test_profiler_sees_the_step(spec):
+    params = make_params(((13, 7),))
+    optimizer = spec.make(params)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(optimizer, params, 1)
+    assert f"Optimizer.step#{spec.name}.step" in {event.key for event in profile.key_averages()}
+
+
+@every_class
+def test_parameter_on_a_second_device_without_values_is_refused_by_name(spec):
+    params = [*make_params(((13, 7),)), torch.nn.Parameter(torch.empty(3, device="meta"))]
+    optimizer = spec.make(params)
+    set_grads(params[:1], 0)
+    params[1].grad = torch.empty(3, device="meta")
+    message = (
+        rf"^{spec.name}.step: param_groups\[0\]\['params'\]\[1\], shape \(3,\), float32 on meta: .*nothing was updated$"
+    )
+    with nothing_changes(optimizer), pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+
+
+@every_class
+def test_tensor_appended_to_a_named_group_is_trained(spec):
+    """It has no name, and must not fall out of the list for that."""
+    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer = spec.make([("weight", params[0])])
+    optimizer.param_groups[0]["params"].extend(params[1:])
+    train(optimizer, params, 2)
+    train(spec.make(plain_params), plain_params, 2)
+    assert_same_bits(params, plain_params)
+
+
 # ---- GradScaler --------------------------------------------------------------------------------------------------
 
 
@@ -1125,6 +1253,25 @@ def test_memory_does_not_grow_over_many_steps(kind):
     tracemalloc.stop()
     assert grown[0] < 3_000_000
     assert grown[1] < 40_000
+
+
+@only_on("cpu", "the reference takes too long, and keeps nothing between steps")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_nothing_grows_over_a_hundred_thousand_steps():
+    param = torch.nn.Parameter(randn((5,)))
+    optimizer = fusedopt.AdamW([param], max_grad_norm=1.0)
+
+    def run(steps):
+        for _ in range(steps):
+            param.grad = torch.ones(5)
+            optimizer.step()
+        gc.collect()
+        return resident_bytes(), len(gc.get_objects())
+
+    memory, objects = run(2_000)
+    memory_later, objects_later = run(98_000)
+    assert memory_later - memory < 1_000_000  # 10 bytes a step
+    assert objects_later - objects < 100
 
 
 @only_on("cpu", "about its tables")
