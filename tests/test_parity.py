@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, DTYPES, SMALL_SIZES, Oracle, can_mix_dtypes, check_parity, random_grads, random_params, set_grad
+from cases import (
+    CASES,
+    DTYPES,
+    SMALL_SIZES,
+    Oracle,
+    can_mix_dtypes,
+    check_parity,
+    random_grads,
+    random_params,
+    set_grad,
+)
 from helpers import assert_close, nothing_changes
 
 import fusedopt
