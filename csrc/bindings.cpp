@@ -362,7 +362,8 @@ class Bucket {
   // Holds on to the gradients it saw until release(). It is waiting for memory, mostly, so several threads do it.
   bool refresh(int num_threads) {
     release();
-    const int64_t count = int64_t(planned_.size()), piece = 64;
+    const int64_t count = int64_t(planned_.size());
+    const int64_t piece = count < 512 ? 512 : 64;  // few are done before another thread has woken up
     std::atomic<bool> is_same{true};
     bool are_grads_same = false;
     cpu::Team team((count + piece - 1) / piece, reader.offset == 0 ? 1 : num_threads);

@@ -80,7 +80,7 @@ struct Table {
   static constexpr int64_t chunk_elements = 1 << 15;
   // A batch: more work than it takes to wake a thread, and few enough of them that each is a long stretch, which memory
   // reads fastest, but enough that a thread which falls behind is helped out.
-  static constexpr int64_t min_batch_elements = 1 << 13, max_batch_elements = 1 << 20, batches_per_thread = 8;
+  static constexpr int64_t min_batch_elements = 1 << 14, max_batch_elements = 1 << 20, batches_per_thread = 8;
   static constexpr int64_t chunk_overhead = 32;  // what a chunk costs beside its elements, in elements
 
   std::vector<Entry> entries;

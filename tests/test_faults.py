@@ -1,5 +1,6 @@
 """What a step and a load leave behind when memory runs out, an interrupt comes, a hook fails, or the process forks."""
 
+import _thread
 import contextlib
 import itertools
 import multiprocessing
@@ -202,10 +203,14 @@ def test_forked_child_without_threads_to_be_had_does_it_alone(name, threads):
 
     def child():
         torch.set_num_threads(64)
+        held = threading.Lock()
+        held.acquire()
         with address_space_left(4 << 20):  # a thread's stack takes 8 MB
             with pytest.raises(RuntimeError, match="can't start new thread"):
-                threading.Thread(target=print, daemon=True).start()
+                for _ in range(64):  # the first ones get the stacks of threads that the fork ended
+                    _thread.start_new_thread(held.acquire, ())
             optimizer.step()
+        torch.set_num_threads(1)  # torch itself hangs in a forked child that uses several
         assert_same_run(optimizer, plain)
 
     run_in_fork(child)
@@ -293,7 +298,7 @@ def test_interrupted_step_is_done_or_not_done(spec, backend, first, threads):
     num_lines = 10**6 - left
     early = range(1 + len(spec.name), num_lines - 90, num_lines // 2)
     outcomes = {interrupt_at(k)[0] for k in [*early, *range(max(1, num_lines - 90), num_lines + 1, 14)]}
-    assert outcomes == {"not done", "done"}
+    assert outcomes - {"finished"} == {"not done", "done"}  # a step may take a line less than the one counted
 
 
 def test_interrupt_while_autograd_is_told_comes_after_the_whole_update(threads, monkeypatch):
@@ -501,10 +506,14 @@ def test_child_forked_while_another_thread_steps_works(threads):
         thread.join()
 
 
-def train_and_send(connection) -> None:
+def trained() -> bytes:
     params = make_params(LARGE_SHAPES)
     train(fusedopt.AdamW(params, max_grad_norm=0.5), params, 2)
-    connection.send_bytes(b"".join(bits(param) for param in params))
+    return b"".join(bits(param) for param in params)
+
+
+def train_and_send(connection) -> None:
+    connection.send_bytes(trained())
 
 
 @ignores_fork_warning
@@ -512,19 +521,14 @@ def train_and_send(connection) -> None:
     "method", [name for name in ("fork", "spawn") if name in multiprocessing.get_all_start_methods()]
 )
 def test_other_process_trains_as_this_one(method):
-    answers = []
-    for _ in range(2):
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        if not answers:  # first here, so that a forked process finds threads that have been used
-            train_and_send(sender)
-        else:
-            process = multiprocessing.get_context(method).Process(target=train_and_send, args=(sender,))
-            process.start()
-        assert receiver.poll(60), "the process hangs"
-        answers.append(receiver.recv_bytes())
+    expected = trained()  # first here, so that a forked process finds threads that have been used
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context(method).Process(target=train_and_send, args=(sender,))
+    process.start()
+    assert receiver.poll(60), "the process hangs"
+    assert receiver.recv_bytes() == expected
     process.join(60)
     assert process.exitcode == 0
-    assert answers[0] == answers[1]
 
 
 @ignores_fork_warning
