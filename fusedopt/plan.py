@@ -118,7 +118,6 @@ class Plan:
             ValueError, TypeError, RuntimeError: naming the parameter and the reason.
         """
         entries = self._collect(param_groups)
-        chosen = {device: backends.choose(device, backend) for device in {entry.param.device for entry in entries}}
         for entry in entries:
             self._attach_state(entry, param_groups[entry.group], self._state)
         planned = [entry for entry in entries if not entry.is_idle]
@@ -126,8 +125,12 @@ class Plan:
         is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
         self.norm_dtype = torch.float64 if is_double else torch.float32
         self.norm_device = planned[0].param.device if planned else torch.device("cpu")
-        for device, module in chosen.items():
-            self.buckets.append(module.Bucket(self.rule, [entry for entry in entries if entry.param.device == device]))
+        # Idle parameters are only watched, which any bucket can: frozen ones may be where no backend works.
+        members = {entry.param.device: [] for entry in planned or entries[:1]}
+        for entry in entries:
+            members.get(entry.param.device, next(iter(members.values()))).append(entry)
+        for device, of_device in members.items():
+            self.buckets.append(backends.choose(device, backend).Bucket(self.rule, of_device))
         # None: then every bucket is the reference's, which is good for one step.
         self._watch = _C.Watch(param_groups, self._state) if _C else None
         # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.

@@ -1365,6 +1365,7 @@ def interrupt(*args):
     raise KeyboardInterrupt
 
 
+@only_on("cpu", "torch's own operations hang in a forked child that uses several threads")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_child_forked_during_a_step_can_step():
