@@ -10,6 +10,7 @@ Gradients are never written: after any of the three, ``p.grad`` is what ``backwa
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from fusedopt.errors import UNCHANGED
+from fusedopt.errors import UNCHANGED, name_param
 from fusedopt.plan import Plan, combine_norms
 from fusedopt.rules import number
 
@@ -209,12 +210,12 @@ def clip_grad_norm_(
         raise ValueError("max_norm must be a number, got None")
     owner_of: dict[int, int] = {}
     for i, optimizer in enumerate(optimizers):
-        for group in optimizer.param_groups:
-            for param in group["params"]:
+        for g, group in enumerate(optimizer.param_groups):
+            names = group.get("param_names") or itertools.repeat(None)
+            for k, (param, name) in enumerate(zip(group["params"], names, strict=False)):
                 if owner_of.setdefault(id(param), i) != i:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(param.shape)} is in optimizers {owner_of[id(param)]} and {i}"
-                    )
+                    where = name_param(g, k, name, param)
+                    raise ValueError(f"clip_grad_norm_: optimizers[{i}]: {where}: also in optimizers[{owner_of[id(param)]}]")
 
     with contextlib.ExitStack() as stack:
         plans = [stack.enter_context(optimizer._planned("clip_grad_norm_")) for optimizer in optimizers]

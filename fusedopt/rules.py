@@ -24,7 +24,7 @@ class State:
 def number(name: str, value: Any) -> float:
     """An option's value as a float: a number, or a tensor of one element. A bool or a string is a mistake, not a number."""
     try:
-        if not isinstance(value, (bool, str, bytes)):
+        if not isinstance(value, (bool, str, bytes)) and "bool" not in str(getattr(value, "dtype", "")):
             return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
