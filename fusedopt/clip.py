@@ -215,7 +215,9 @@ def clip_grad_norm_(
             for k, (param, name) in enumerate(zip(group["params"], names, strict=False)):
                 if owner_of.setdefault(id(param), i) != i:
                     where = name_param(g, k, name, param)
-                    raise ValueError(f"clip_grad_norm_: optimizers[{i}]: {where}: also in optimizers[{owner_of[id(param)]}]")
+                    raise ValueError(
+                        f"clip_grad_norm_: optimizers[{i}]: {where}: also in optimizers[{owner_of[id(param)]}]"
+                    )
 
     with contextlib.ExitStack() as stack:
         plans = [stack.enter_context(optimizer._planned("clip_grad_norm_")) for optimizer in optimizers]

@@ -684,7 +684,12 @@ BAD_OPTIMIZERS = {
     ),
     "torch's": (lambda: torch.optim.SGD(make_params(SHAPES)), 1.0, TypeError, "takes fusedopt optimizers, got SGD"),
     "parameters": (lambda: make_params(SHAPES), 1.0, TypeError, "takes fusedopt optimizers, got Parameter"),
-    "shared parameter": (shared, 1.0, ValueError, r"clip_grad_norm_: optimizers\[1\]: .*shape \(\), float32 on cpu: also in optimizers\[0\]"),
+    "shared parameter": (
+        shared,
+        1.0,
+        ValueError,
+        r"clip_grad_norm_: optimizers\[1\]: .*shape \(\), float32 on cpu: also in optimizers\[0\]",
+    ),
 }
 
 
