@@ -177,7 +177,9 @@ def test_the_program_ends_with_status_2_and_no_traceback(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process")
 def test_ctrl_c_ends_with_status_130_and_no_traceback(tmp_path):
     command = [sys.executable, EXAMPLE, *TINY, "--steps", "1000000", "--out", tmp_path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A process started in the background by a shell inherits that Ctrl-C is ignored, and hands that on.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard) as process:
         while "tok/s" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
