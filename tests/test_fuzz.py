@@ -266,6 +266,7 @@ class Loop:
         for slot in stored:
             if slot.name not in tracked.state:
                 initial, dtype = float(group[slot.initial]) if slot.initial else 0.0, state_dtype(param)
+                initial = complex(initial, initial) if param.is_complex() else initial  # of each of the pair
                 tracked.state[slot.name] = torch.full_like(param, initial, dtype=dtype, requires_grad=False)
             state[slot.name] = Rounded.exactly(tracked.state[slot.name], info)
         if self.rule.extra:
