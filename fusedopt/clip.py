@@ -10,7 +10,6 @@ Gradients are never written: after any of the three, ``p.grad`` is what ``backwa
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from fusedopt.errors import UNCHANGED, name_param
+from fusedopt.errors import UNCHANGED, name_param, named_params
 from fusedopt.plan import Plan, combine_norms
 from fusedopt.rules import number
 
@@ -211,8 +210,7 @@ def clip_grad_norm_(
     owner_of: dict[int, int] = {}
     for i, optimizer in enumerate(optimizers):
         for g, group in enumerate(optimizer.param_groups):
-            names = group.get("param_names") or itertools.repeat(None)
-            for k, (param, name) in enumerate(zip(group["params"], names, strict=False)):
+            for k, name, param in named_params(group):
                 if owner_of.setdefault(id(param), i) != i:
                     where = name_param(g, k, name, param)
                     raise ValueError(

@@ -1,5 +1,9 @@
 """How a parameter is named in every error, and the ending that says nothing happened."""
 
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
 
 UNCHANGED = "nothing was updated"
@@ -17,3 +21,10 @@ def name_param(group_index: int, index: int, name: str | None, param: torch.Tens
         f"param_groups[{group_index}]['params'][{index}]{quoted}, shape {tuple(param.shape)}, "
         f"{short_dtype(param)} on {param.device}"
     )
+
+
+def named_params(group: Mapping[str, Any]) -> Iterator[tuple[int, str | None, Any]]:
+    """(index, name, parameter) of a group. None for one without a name, as one that was appended to the list later."""
+    names = itertools.chain(group.get("param_names") or (), itertools.repeat(None))
+    for index, (param, name) in enumerate(zip(group["params"], names, strict=False)):
+        yield index, name, param

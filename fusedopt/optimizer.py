@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from fusedopt import backends, clip
-from fusedopt.errors import UNCHANGED, name_param, short_dtype
+from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.plan import PARAM_DTYPES, Plan, compute_dtype, state_dtype
 from fusedopt.rules import Rule, check_options, number
 
@@ -76,8 +76,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 check_options(self.rule, group)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{where}: {error}") from None
-            names = group.get("param_names", [None] * len(group["params"]))
-            for i, (param, name) in enumerate(zip(group["params"], names, strict=True)):
+            for i, name, param in named_params(group):
                 if param.requires_grad and param.dtype not in PARAM_DTYPES:
                     supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
                     raise TypeError(

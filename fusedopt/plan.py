@@ -6,7 +6,6 @@ plan still holds (`Plan.refresh`): the same objects, at the same addresses, with
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from fusedopt import backends
-from fusedopt.errors import UNCHANGED, name_param, short_dtype
+from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.extension import _C
 from fusedopt.rules import Rule, check_options, flag, number
 
@@ -225,9 +224,7 @@ class Plan:
         for g, group in enumerate(param_groups):
             if "params" not in group:
                 raise ValueError(f"{self.owner}: param_groups[{g}]: 'params' is missing; {UNCHANGED}")
-            # A tensor that was appended to the list later has no name.
-            names = itertools.chain(group.get("param_names") or (), itertools.repeat(None))
-            for i, (param, name) in enumerate(zip(group["params"], names, strict=False)):
+            for i, name, param in named_params(group):
                 if id(param) in seen:
                     continue
                 if not isinstance(param, torch.Tensor):
@@ -321,12 +318,12 @@ class Plan:
 
     def _check_apart(self, spans: list[_Span]) -> None:
         """Stretches of memory that overlap may still have no element in common."""
+        if len(spans) < 2:
+            return
         dense = sorted((span for span in spans if _is_dense(span.tensor)), key=lambda span: span.begin)
         for span, other in zip(dense[1:], dense, strict=False):  # the usual case, without a map
             if span.begin < other.end:
                 self._fail_apart(span, other)
-        if len(spans) < 2:
-            return
         begin = min(span.begin for span in spans)
         owner = torch.full((max(span.end for span in spans) - begin,), -1, dtype=torch.int32, device="cpu")
         for i, span in enumerate(spans):  # owner: index of the span that a byte belongs to

@@ -647,6 +647,16 @@ def test_bad_limit_is_refused_everywhere(limit):
     assert optimizer.grad_norm is None
 
 
+def test_parameter_in_two_optimizers_is_noticed_where_it_was_appended_to_a_named_group():
+    first, second = make_params([(3,), (5,)])
+    optimizers = [fusedopt.AdamW([("first", first)]), fusedopt.AdamW([("second", second)])]
+    optimizers[1].param_groups[0]["params"].append(first)
+    with pytest.raises(
+        ValueError, match=r"optimizers\[1\]: .*\['params'\]\[1\], shape \(3,\).*also in optimizers\[0\]"
+    ):
+        fusedopt.clip_grad_norm_(optimizers, 1.0)
+
+
 @pytest.mark.parametrize("limit", ["1.0", True, torch.tensor([1.0, 2.0]), [1.0]], ids=str)
 def test_limit_that_is_no_number_is_refused(limit):
     params = make_params(SHAPES)
