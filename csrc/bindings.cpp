@@ -231,8 +231,8 @@ struct Layout {
         shape(info.shape, info.shape + info.ndim), strides(info.strides, info.strides + info.ndim) {}
 
   bool operator==(const Layout& other) const {
-    return dtype == other.dtype && is_complex == other.is_complex && device_type == other.device_type && device_index == other.device_index &&
-           shape == other.shape && strides == other.strides;
+    return dtype == other.dtype && is_complex == other.is_complex && device_type == other.device_type &&
+           device_index == other.device_index && shape == other.shape && strides == other.strides;
   }
 
   // Bytes from the first element's address to behind the last one's.
