@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ class Plan:
         self.rule = rule
         self._state = state
         self._options = [None] * len(param_groups)
+        self._seen: list[tuple[list, list] | None] = [None] * len(param_groups)  # the groups that _options is of
         self._read_options(param_groups)
         self._fresh: list[tuple[Entry, float, list[str]]] = []  # its step count then, names of the states made
         self.buckets = []
@@ -152,6 +154,8 @@ class Plan:
 
     def _read_options(self, param_groups: list[dict[str, Any]]) -> bool:
         """Takes over the groups' hyperparameters, validated where they changed. False: they select other kernels."""
+        if all(map(_is_as_seen, param_groups, self._seen)):
+            return True
         is_same_kernel = True
         known = list(self._options)  # replaced only when all groups are valid: a refusal must not lose a change
         for index, group in enumerate(param_groups):
@@ -167,6 +171,7 @@ class Plan:
             is_same_kernel &= known[index] is None or known[index][2] == options[2]
             known[index] = options
         self._options = known
+        self._seen = [_seen(group) for group in param_groups]
         self.scalars = [options[0] for options in self._options]
         self.signs = [-1.0 if options[1] else 1.0 for options in self._options]
         return is_same_kernel
@@ -425,6 +430,19 @@ def combine_norms(norms: list[float]) -> float:
     if not 0 < largest < float("inf"):
         return sum(norms)  # 0, inf or NaN
     return largest * sum((norm / largest) ** 2 for norm in norms) ** 0.5
+
+
+def _seen(group: dict[str, Any]) -> tuple[list, list] | None:
+    """A group's keys and values; None if an option can change without becoming another object, as a tensor or a list can."""
+    options = (value for name, value in group.items() if name not in ("params", "param_names"))
+    flat = (item for value in options for item in (value if isinstance(value, tuple) else (value,)))
+    is_fixed = all(item is None or type(item) in (float, int, bool, str) for item in flat)
+    return ([*group], [*group.values()]) if is_fixed else None
+
+
+def _is_as_seen(group: dict[str, Any], seen: tuple[list, list] | None) -> bool:
+    """Whether a group holds the very objects that it held when it was `_seen`."""
+    return seen is not None and [*group] == seen[0] and all(map(is_, group.values(), seen[1]))
 
 
 def _is_scalar_of(value: Any, dtype: torch.dtype) -> bool:

@@ -378,6 +378,39 @@ def cosine_of_a_tensor_lr(spec, make):
     return optimizer
 
 
+def beta_in_a_list(group):
+    group["betas"][0] = 0.5
+
+
+def beta_in_a_tensor(group):
+    group["betas"][1].fill_(0.5)
+
+
+def values_under_exchanged_keys(group):
+    lr, weight_decay = group.pop("lr"), group.pop("weight_decay")
+    group.update(weight_decay=lr, lr=weight_decay)
+
+
+@only_on("cpu", "plans are the same for every backend that keeps one")
+@pytest.mark.parametrize("edit", [beta_in_a_list, beta_in_a_tensor, values_under_exchanged_keys])
+def test_options_that_change_without_becoming_other_objects_are_seen(edit, on_backend):
+    """A step looks at options closely only when the group does not hold the very objects it held before."""
+    optimizers = []
+    for cls in (fusedopt.AdamW, torch.optim.AdamW):
+        params = params64()
+        optimizers.append(cls(params))
+        group = optimizers[-1].param_groups[0]
+        if edit is not values_under_exchanged_keys:
+            group["betas"] = [0.9, torch.tensor(0.99, dtype=torch.float64) if edit is beta_in_a_tensor else 0.99]
+        for name, value in {"lr": 0.01, "weight_decay": 0.25}.items():
+            del group[name]  # to the end, next to each other
+            group[name] = value
+        train(optimizers[-1], params, 2)
+        edit(group)
+        train(optimizers[-1], params, 2, first=2)
+    assert_same_run(*optimizers, 1e-11)
+
+
 @scenario
 def groups_with_their_own_options(spec, make):
     params = params64()
