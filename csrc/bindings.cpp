@@ -288,6 +288,8 @@ struct Seen {
 // the table still holds. Not for two threads at once: fusedopt/optimizer.py lets only one in.
 class Bucket {
  public:
+  // is_host: tensors lie in host memory, and an engine of this extension updates them; else they are only watched.
+  explicit Bucket(bool is_host) : is_host_(is_host) {}
   ~Bucket() { release(); }
 
   // A parameter that has neither a gradient nor state yet; a gradient makes the plan out of date.
@@ -338,7 +340,7 @@ class Bucket {
   }
 
   void finish() {
-    table_.make_chunks();
+    if (is_host_) table_.make_chunks();
     for (const Planned& planned : planned_) {
       if (planned.entry < 0) continue;
       planned.for_each([this](const Seen& tensor) {
@@ -377,6 +379,15 @@ class Bucket {
         },
         [&] { are_grads_same = refresh_grads(); });
     return is_same && are_grads_same;
+  }
+
+  // The gradients' addresses, int64, in the order of add(); 0 where there is none.
+  py::bytes grad_addresses() const {
+    std::vector<int64_t> addresses;
+    addresses.reserve(table_.entries.size());
+    for (const Entry& entry : table_.entries)
+      addresses.push_back(entry.is_active ? reinterpret_cast<int64_t>(entry.operands[Entry::grad].data) : 0);
+    return py::bytes(reinterpret_cast<const char*>(addresses.data()), addresses.size() * sizeof(int64_t));
   }
 
   void release() {
@@ -473,7 +484,7 @@ class Bucket {
 
   // Whether a parameter's step count, and the other scalar that it may keep, are numbers >= 0.
   bool counts_up(const Planned& planned) const {
-    if (planned.entry < 0) return true;
+    if (planned.entry < 0 || !is_host_) return true;
     const Entry& entry = table_.entries[planned.entry];
     return *entry.step >= 0 && entry.read_extra() >= 0;
   }
@@ -533,6 +544,7 @@ class Bucket {
     return {data, DType(layout.dtype), is_strided ? layout.strides.data() : nullptr};
   }
 
+  const bool is_host_;
   std::deque<Layout> layouts_;  // stay where they are as more come
   Table table_;
   std::vector<Planned> planned_;
@@ -582,12 +594,13 @@ PYBIND11_MODULE(_C, m) {
       .def("unchanged", &Watch::unchanged, py::arg("groups"), py::arg("state"));
 
   py::class_<Bucket>(m, "Bucket")
-      .def(py::init<>())
+      .def(py::init<bool>(), py::arg("is_host"))
       .def("add_idle", &Bucket::add_idle, py::arg("param"))
       .def("add", &Bucket::add, py::arg("param"), py::arg("grad"), py::arg("states"), py::arg("step"), py::arg("extra"),
            py::arg("rule"), py::arg("group"), py::arg("is_strided"))
       .def("finish", &Bucket::finish)
       .def("refresh", &Bucket::refresh, py::arg("num_threads"))
+      .def("grad_addresses", &Bucket::grad_addresses)
       .def("release", &Bucket::release)
       .def("active", &Bucket::active)
       .def("all_active", &Bucket::all_active)

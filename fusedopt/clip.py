@@ -67,11 +67,36 @@ def _version_of(grad: torch.Tensor) -> int:
 
 
 @dataclass(frozen=True)
+class Control:
+    """What gradients are to be multiplied with, and whether their norm is finite: known here, or on their device."""
+
+    coef: float = 1.0
+    is_finite: bool = True
+    on_device: torch.Tensor | None = (
+        None  # float64 [coef, 0 if finite else 1], in place of the two; see kernels/engine.py
+    )
+
+    def on_host(self) -> Control:
+        """The same, known here; waits for the device."""
+        if self.on_device is None:
+            return self
+        coef, is_nonfinite = self.on_device.tolist()
+        return Control(coef, is_nonfinite == 0)
+
+    def on(self, device: torch.device) -> torch.Tensor | None:
+        """The same on a device; None if there is nothing to multiply with."""
+        if self.on_device is not None:
+            return self.on_device.to(device, non_blocking=True)
+        if self == Control():
+            return None
+        return torch.tensor([self.coef, float(not self.is_finite)], dtype=torch.float64, device=device)
+
+
+@dataclass(frozen=True)
 class Pending:
     """A clip that the next step is to make, and the gradients that it is for."""
 
-    coef: float
-    is_finite: bool  # whether the norm was
+    control: Control
     grads: dict[int, tuple[TensorWeakRef, int]]  # id -> (gradient, its version)
 
     def knows(self, grad: torch.Tensor) -> bool:
@@ -90,18 +115,26 @@ class Clip:
         self.max_grad_norm = check_max_norm("max_grad_norm", max_grad_norm)
         self.nonfinite = check_nonfinite(nonfinite)
         self.grad_norm: torch.Tensor | None = None
-        self.skipped_steps = 0
+        self._num_skipped = 0
+        self._num_skipped_on_device: torch.Tensor | None = None
         self._pending: Pending | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": None}  # a copy has other gradients
 
+    @property
+    def skipped_steps(self) -> int | torch.Tensor:
+        """A tensor where the device decides, and counts."""
+        if self._num_skipped_on_device is None:
+            return self._num_skipped
+        return self._num_skipped + self._num_skipped_on_device
+
     def forget(self) -> None:
         """Drops what `defer` left for the next step."""
         self._pending = None
 
-    def pending_coef(self, plan: Plan, *, is_replaceable: bool = False) -> float:
-        """The coefficient that waits for the next step; 1 if none does.
+    def pending(self, plan: Plan, *, is_replaceable: bool = False) -> Control:
+        """What waits for the next step.
 
         Args:
             plan: holds the gradients of now.
@@ -111,63 +144,106 @@ class Clip:
             RuntimeError: a gradient is new or was written to since, so that clipping it would be wrong.
         """
         if self._pending is None:
-            return 1.0
+            return Control()
         active = plan.active()
         if is_replaceable and not any(self._pending.knows(entry.param.grad) for entry in active):
             self.forget()
-            return 1.0
+            return Control()
         changed = [entry for entry in active if not self._pending.is_for(entry.param.grad)]
         if changed:
             raise RuntimeError(
                 f"{plan.owner}: {changed[0]}: its gradient is new or was changed since clip_grad_norm_; call step() before "
                 f"changing gradients, or this optimizer's zero_grad() to drop the clip; {UNCHANGED}"
             )
-        return self._pending.coef
+        return self._pending.control
 
-    def defer(self, plan: Plan, coef: float, is_finite: bool) -> None:
-        """Leaves it to the next step to multiply the gradients of now with ``coef``; ``is_finite``: whether their norm is."""
+    def defer(self, plan: Plan, control: Control) -> None:
+        """Leaves it to the next step to multiply the gradients of now."""
         grads = [entry.param.grad for entry in plan.active()]
         seen = {id(grad): (TensorWeakRef(grad), _version_of(grad)) for grad in grads}
-        self._pending = Pending(coef, is_finite, seen)
+        self._pending = Pending(control, seen)
 
-    def take(self, plan: Plan, grad_scale: float, found_inf: bool) -> float | None:
-        """What this step multiplies gradients with; None if it is to be skipped. `forget` when the step is done.
+    @property
+    def _measures(self) -> bool:
+        """Whether a step needs the norm; a deferred clip has looked at it already."""
+        return self.max_grad_norm is not None or (self.nonfinite != "propagate" and self._pending is None)
+
+    def step(self, plan: Plan, grad_scale: Any, found_inf: Any) -> None:
+        """Updates, or skips the step.
 
         Args:
-            grad_scale: what the loss was multiplied with; the norm is that of the unscaled gradients.
-            found_inf: whether the caller has already seen a gradient that is not finite.
+            grad_scale: what the loss was multiplied with, a number or a tensor of one; the norm is that of the unscaled
+                gradients. None: 1.
+            found_inf: whether the caller has already seen a gradient that is not finite: a number or a tensor of one.
 
         Raises:
+            ValueError: ``grad_scale`` is not a positive number.
             RuntimeError: ``nonfinite="error"`` and the norm is NaN or infinite; or gradients changed after a deferred clip.
         """
+        # An error must be raised now, and so waits for the device.
+        if plan.asynchronous is None or self.nonfinite == "error":
+            coef = self._coef(plan, _scale_of(plan, grad_scale), found_inf is not None and bool(found_inf))
+            if coef is not None:
+                plan.update(coef)
+        else:
+            self._step_on_device(plan, grad_scale, found_inf)
+        self.forget()  # only now: a step that fails must still clip when it is tried again
+
+    def _coef(self, plan: Plan, grad_scale: float, found_inf: bool) -> float | None:
+        """What this step multiplies gradients with; None if it is to be skipped."""
         if found_inf:
-            self._skip()
+            self._num_skipped += 1
             return None
-        coef = self.pending_coef(plan) / grad_scale
-        is_finite = self._pending.is_finite if self._pending else None
-        if self.max_grad_norm is not None or (self.nonfinite != "propagate" and self._pending is None):
+        pending = self.pending(plan).on_host()
+        coef, is_finite = pending.coef / grad_scale, pending.is_finite
+        if self._measures:
             norm = plan.grad_norm() * abs(coef)
             is_finite = math.isfinite(norm)
             if self._pending is None and (is_finite or self.nonfinite != "error"):
-                self.record(norm, plan)
+                self.grad_norm = torch.tensor(norm, dtype=plan.norm_dtype, device=plan.norm_device)
             if self.max_grad_norm is not None:
                 coef *= coefficient(norm, self.max_grad_norm)
-        if is_finite is False and self.nonfinite == "error":
+        if not is_finite and self.nonfinite == "error":
             entry = plan.first_nonfinite()
             where = f"{entry}: gradient holds NaN or infinity" if entry else "the gradient norm is NaN or infinite"
             raise RuntimeError(f"{plan.owner}: {where}; {UNCHANGED}")
-        if is_finite is False and self.nonfinite == "skip":
-            self._skip()
+        if not is_finite and self.nonfinite == "skip":
+            self._num_skipped += 1
             return None
         return coef
 
-    def record(self, norm: float, plan: Plan) -> None:
-        """Keeps the norm for the user, as a tensor."""
-        self.grad_norm = torch.tensor(norm, dtype=plan.norm_dtype, device=plan.norm_device)
+    def _step_on_device(self, plan: Plan, grad_scale: Any, found_inf: Any) -> None:
+        """The same without waiting for the device, which decides itself what happens."""
+        device = plan.norm_device
+        if self._num_skipped_on_device is None or self._num_skipped_on_device.device != device:
+            if self._num_skipped_on_device is not None:
+                self._num_skipped += int(self._num_skipped_on_device)
+            self._num_skipped_on_device = torch.zeros((), dtype=torch.int64, device=device)
+        control = self.pending(plan).on(device)
+        if self._measures:
+            limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+            norm, control = plan.asynchronous.measure(limit, control, grad_scale, plan.norm_dtype)
+            grad_scale = None  # is in the control
+            if self._pending is None:
+                self.grad_norm = norm
+        plan.update(
+            1.0,
+            control=control,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            skips_nonfinite=self.nonfinite == "skip",
+            skipped=self._num_skipped_on_device,
+        )
 
-    def _skip(self) -> None:
-        self.skipped_steps += 1
-        self.forget()
+
+def _scale_of(plan: Plan, grad_scale: Any) -> float:
+    try:
+        scale = 1.0 if grad_scale is None else number("grad_scale", grad_scale)
+    except ValueError as error:
+        raise ValueError(f"{plan.owner}: {error}; {UNCHANGED}") from None
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{plan.owner}: grad_scale must be positive and finite, got {scale}; {UNCHANGED}")
+    return scale
 
 
 @torch.compiler.disable
@@ -220,14 +296,22 @@ def clip_grad_norm_(
     with contextlib.ExitStack() as stack:
         plans = [stack.enter_context(optimizer._planned("clip_grad_norm_")) for optimizer in optimizers]
         clips = [optimizer._clip for optimizer in optimizers]
-        coefs = [clip.pending_coef(plan, is_replaceable=True) for clip, plan in zip(clips, plans, strict=True)]
-        norm = combine_norms([plan.grad_norm() * coef for plan, coef in zip(plans, coefs, strict=True)])
-        if error_if_nonfinite and not math.isfinite(norm):
-            raise RuntimeError(f"the gradient norm is {norm}, so gradients cannot be clipped; {UNCHANGED}")
+        pending = [clip.pending(plan, is_replaceable=True) for clip, plan in zip(clips, plans, strict=True)]
         dtype = torch.float64 if any(plan.norm_dtype == torch.float64 for plan in plans) else torch.float32
-        device = next((plan.norm_device for plan in plans if plan.active()), torch.device("cpu"))
-        result = torch.tensor(norm, dtype=dtype, device=device)
-        for clip, plan, coef in zip(clips, plans, coefs, strict=True):
-            clip.defer(plan, coef * coefficient(norm, limit), math.isfinite(norm))
+        buckets = [plan.asynchronous for plan in plans]
+        if len(plans) == 1 and buckets[0] is not None:
+            result, on_device = buckets[0].measure(limit, pending[0].on(plans[0].norm_device), None, dtype)
+            controls = [Control(on_device=on_device)]
+        else:
+            pending = [control.on_host() for control in pending]
+            norm = combine_norms([plan.grad_norm() * c.coef for plan, c in zip(plans, pending, strict=True)])
+            device = next((plan.norm_device for plan in plans if plan.active()), torch.device("cpu"))
+            result = torch.tensor(norm, dtype=dtype, device=device)
+            coef = coefficient(norm, limit)
+            controls = [Control(control.coef * coef, math.isfinite(norm)) for control in pending]
+        if error_if_nonfinite and not math.isfinite(result):
+            raise RuntimeError(f"the gradient norm is {float(result)}, so gradients cannot be clipped; {UNCHANGED}")
+        for clip, plan, control in zip(clips, plans, controls, strict=True):
+            clip.defer(plan, control)
             clip.grad_norm = result
     return result

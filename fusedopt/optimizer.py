@@ -108,22 +108,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._planned("step") as plan:
-            coef = self._clip.take(plan, *self._amp(plan.owner))
-            if coef is not None:
-                plan.update(coef)
-                self._clip.forget()  # only now: a step that fails must still clip when it is tried again
+            # Set by GradScaler: what to divide gradients by, and whether it found one that is not finite.
+            self._clip.step(plan, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         return loss
-
-    def _amp(self, owner: str) -> tuple[float, bool]:
-        """GradScaler's attributes: what to divide gradients by, and whether it found a gradient that is not finite."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        try:
-            scale = 1.0 if grad_scale is None else number("grad_scale", grad_scale)
-        except ValueError as error:
-            raise ValueError(f"{owner}: {error}; {UNCHANGED}") from None
-        if not 0 < scale < math.inf:
-            raise ValueError(f"{owner}: grad_scale must be positive and finite, got {scale}; {UNCHANGED}")
-        return scale, found_inf is not None and bool(found_inf)
 
     @contextlib.contextmanager
     def _planned(self, caller: str) -> Iterator[Plan]:
@@ -193,8 +180,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._clip.nonfinite = clip.check_nonfinite(value)
 
     @property
-    def skipped_steps(self) -> int:
-        """How many steps changed nothing because a gradient was not finite."""
+    def skipped_steps(self) -> int | torch.Tensor:
+        """How many steps changed nothing because a gradient was not finite; 0-d where a device decides, without waiting."""
         return self._clip.skipped_steps
 
     @property

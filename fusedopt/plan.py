@@ -120,7 +120,7 @@ class Plan:
         """
         entries = self._collect(param_groups)
         for entry in entries:
-            self._attach_state(entry, param_groups[entry.group], self._state)
+            self._attach_state(entry, param_groups[entry.group], self._state, backend)
         planned = [entry for entry in entries if not entry.is_idle]
         self._check_overlap(planned)
         is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
@@ -195,11 +195,20 @@ class Plan:
                 return bucket.entries[index]
         return None
 
-    def update(self, coef: float) -> None:
-        """Advances every parameter that has a gradient by one step, its gradient times ``coef``."""
+    def update(self, coef: float, **on_device: Any) -> None:
+        """Advances every parameter that has a gradient by one step, its gradient times ``coef``.
+
+        Args:
+            on_device: what the device multiplies with as well; for the bucket of `asynchronous` alone.
+        """
         grad_coefs = [sign * coef for sign in self.signs]
         for bucket in self.buckets:
-            bucket.update(self.scalars, grad_coefs)
+            bucket.update(self.scalars, grad_coefs, **on_device)
+
+    @property
+    def asynchronous(self) -> Any:
+        """The bucket that computes coefficients on its device, if that is the only one; else None."""
+        return self.buckets[0] if len(self.buckets) == 1 and self.buckets[0].is_asynchronous else None
 
     def release(self) -> None:
         """Lets go of the gradients that `refresh` held."""
@@ -208,7 +217,7 @@ class Plan:
 
     def discard_fresh_state(self) -> bool:
         """Removes the state that this plan made and no update has used. True if there was any: the plan is then void."""
-        unused = [(entry.param, names) for entry, step, names in self._fresh if float(entry.step) == step]
+        unused = [(entry.param, names) for entry, step, names in self._fresh if not self._is_used(entry, step)]
         for param, names in unused:
             known = self._state.get(param, {})
             for name in names:
@@ -217,6 +226,12 @@ class Plan:
                 self._state.pop(param, None)
         self._fresh = []
         return bool(unused)
+
+    def _is_used(self, entry: Entry, step: float) -> bool:
+        """Whether an update has advanced an entry beyond that step count; without waiting for a device."""
+        if entry.step.is_cpu:
+            return float(entry.step) != step
+        return any(bucket.has_launched for bucket in self.buckets if bucket.is_asynchronous)
 
     # ---- making it ---------------------------------------------------------------------------------------------
 
@@ -346,7 +361,9 @@ class Plan:
         owner = "" if span.entry is other.entry else f" of {other.entry}"
         self._fail(ValueError, span.entry, f"{span.what} shares memory with {other.what}{owner}; they must lie apart")
 
-    def _attach_state(self, entry: Entry, group: Mapping[str, Any], state: dict[torch.Tensor, dict[str, Any]]) -> None:
+    def _attach_state(
+        self, entry: Entry, group: Mapping[str, Any], state: dict[torch.Tensor, dict[str, Any]], backend: str | None
+    ) -> None:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
         param, rule = entry.param, self.rule
         known = state.get(param, {})
@@ -360,26 +377,28 @@ class Plan:
                 return
             self._check_param(entry)
 
+        # Where the backend reads and advances them.
+        device = param.device if backends.choose(param.device, backend).SCALARS_ON_DEVICE else torch.device("cpu")
         is_new = not any(kept and known.get(kept.name) is not None for kept in stored)
         made: dict[str, torch.Tensor] = {}
         scalars = {"step": 0.0} if rule.keeps_step else {}
         if rule.extra:
             scalars[rule.extra] = 1.0
         for name, initial in scalars.items():
-            # As torch: a plain 0-d float32 on the host; what multiplies up over the run, in the states' dtype.
+            # As torch: a plain 0-d float32; what multiplies up over the run, in the states' dtype.
             dtype = torch.float32 if name == "step" else compute_dtype(param)
             value = known.get(name)
             if isinstance(value, torch.Tensor):
                 self._check_plain(entry, value, f"state {name!r}")
-            if value is not None:
+            if value is not None and getattr(value, "is_cpu", True):  # else it would have to wait for the device
                 try:
                     count = number(f"state {name!r}", value)
                 except ValueError as error:
                     self._fail(ValueError, entry, str(error))
                 if not count >= 0:
                     self._fail(ValueError, entry, f"state {name!r} is {count}")
-            if not _is_scalar_of(value, dtype):
-                made[name] = torch.tensor(initial if value is None else float(value), dtype=dtype, device="cpu")
+            if not _is_scalar_of(value, dtype, device):
+                made[name] = _scalar(initial if value is None else value, dtype, device)
         for i, kept in enumerate(stored):
             if kept is None:
                 continue
@@ -393,10 +412,16 @@ class Plan:
             self._check_state(entry, kept.name, value)
             entry.states[i] = value
         # A rule without a step of its own still has to know its first one.
-        own_step = torch.tensor(0.0 if is_new else 1.0, dtype=torch.float32, device="cpu")
+        own_step = _scalar(0.0 if is_new else 1.0, torch.float32, device)
         entry.step = {**known, **made}["step"] if rule.keeps_step else own_step
         if made:
-            self._fresh.append((entry, float(entry.step), [name for name in made if known.get(name) is None]))
+            self._fresh.append(
+                (
+                    entry,
+                    float(entry.step) if entry.step.is_cpu else 0.0,
+                    [name for name in made if known.get(name) is None],
+                )
+            )
             known = state.setdefault(param, {})
             known.update(made)
         entry.extra = known[rule.extra] if rule.extra else None
@@ -445,9 +470,16 @@ def _is_as_seen(group: dict[str, Any], seen: tuple[list, list] | None) -> bool:
     return seen is not None and [*group] == seen[0] and all(map(is_, group.values(), seen[1]))
 
 
-def _is_scalar_of(value: Any, dtype: torch.dtype) -> bool:
-    """Whether a value is what the engines count in: a plain 0-d tensor of that dtype in host memory."""
-    return type(value) is torch.Tensor and value.dtype == dtype and value.dim() == 0 and value.device.type == "cpu"
+def _is_scalar_of(value: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a value is what a backend counts in: a plain 0-d tensor of that dtype on that device."""
+    return type(value) is torch.Tensor and value.dtype == dtype and value.dim() == 0 and value.device == device
+
+
+def _scalar(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A new 0-d tensor; without waiting for a device unless a tensor comes from one."""
+    if isinstance(value, torch.Tensor) and value.device == device:
+        return value.detach().to(dtype).reshape(()).clone()
+    return torch.full((), float(value), dtype=dtype, device=device)
 
 
 def _dims(tensor: torch.Tensor) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from fusedopt.rules import RULES, Rule
 
 # Every contract test runs once on each of these (`on_backend` in conftest.py); one that cannot run here is skipped, with its
 # reason. A new backend joins by its name.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "reference", "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Odd sizes: none a multiple of a vector width, one across several 256-element tiles, an empty one and a scalar.
 SHAPES = ((13, 7), (1021,), (), (0, 3), (5, 3, 3))

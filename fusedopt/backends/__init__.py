@@ -43,7 +43,7 @@ def choose(device: torch.device, name: str | None) -> ModuleType:
     resolved = resolve(name)
     if resolved != "auto":
         module = BACKENDS[resolved]
-        if not module.supports(device):
+        if not module.supports(device, is_asked_for=True):
             raise RuntimeError(f"backend={resolved!r} does not work on {device}; use backend='auto' or 'reference'")
         return module
     return BACKENDS[explain(device)[0]]

@@ -38,6 +38,9 @@ if _C and _forced_isa and not _C.set_isa(_forced_isa):
     )
 
 
+SCALARS_ON_DEVICE = False
+
+
 def unavailable() -> str | None:
     """Why the engine cannot be used here, or None."""
     if _C is None:
@@ -45,32 +48,40 @@ def unavailable() -> str | None:
     return None if _C.available_isas() else "the CPU has none of the instruction sets of this build"
 
 
-def supports(device: torch.device) -> bool:
+def supports(device: torch.device, is_asked_for: bool = False) -> bool:
     """Whether it takes tensors of that device."""
     return device.type == "cpu"
+
+
+def table_of(entries: Sequence[Entry], is_host: bool) -> _C.Bucket:
+    """The entries' addresses and layouts in C++, to be updated there, or only watched."""
+    table = _C.Bucket(is_host)
+    for entry in entries:
+        if entry.is_idle:
+            table.add_idle(entry.param)
+            continue
+        table.add(
+            entry.param,
+            entry.param.grad,
+            entry.states,
+            entry.step,
+            entry.extra,
+            _C.rules[entry.variant][0],
+            entry.group,
+            entry.is_strided,
+        )
+    table.finish()
+    return table
 
 
 class Bucket:
     """Entries in host memory, with their C++ tensor and chunk tables."""
 
+    is_asynchronous = False
+
     def __init__(self, rule: Rule, entries: Sequence[Entry]):
         self.entries = list(entries)
-        self._table = _C.Bucket()
-        for entry in self.entries:
-            if entry.is_idle:
-                self._table.add_idle(entry.param)
-                continue
-            self._table.add(
-                entry.param,
-                entry.param.grad,
-                entry.states,
-                entry.step,
-                entry.extra,
-                _C.rules[entry.variant][0],
-                entry.group,
-                entry.is_strided,
-            )
-        self._table.finish()
+        self._table = table_of(self.entries, is_host=True)
         self._params = [entry.param for entry in self.entries]
 
     def refresh(self) -> bool:

@@ -31,6 +31,6 @@ def unavailable() -> str | None:
     return "this version has no CUDA kernels yet"
 
 
-def supports(device: torch.device) -> bool:
+def supports(device: torch.device, is_asked_for: bool = False) -> bool:
     """Whether it takes tensors of that device."""
     return device.type == "cuda"

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from fusedopt.plan import Entry
 
 
+SCALARS_ON_DEVICE = False
+
+
 def unavailable() -> str | None:
     """Never: it only needs torch."""
     return None
 
 
-def supports(device: torch.device) -> bool:
+def supports(device: torch.device, is_asked_for: bool = False) -> bool:
     """Whether it takes tensors of that device: always."""
     return True
 
@@ -32,6 +35,8 @@ def as_real(tensor: torch.Tensor) -> torch.Tensor:
 
 class Bucket:
     """Entries on one device, updated by the reference functions in the dtype of their states."""
+
+    is_asynchronous = False
 
     def __init__(self, rule: Rule, entries: Sequence[Entry]):
         self.entries = list(entries)

@@ -1,0 +1,244 @@
+"""The two kernels that run any rule over any number of tensors: `global_norm` and `update`. No formula of a rule is here.
+
+Both walk the same tables, in device memory:
+    grads       int64 [num_entries]: the gradients' addresses; 0: none in this step, the entry takes no part
+    addresses   int64 [slots, num_entries]: of each entry's parameter, states, step count and extra scalar, in this order
+    entry_of    int32 [num_chunks], index_of int32 [num_chunks]: chunk c is the index_of[c]-th stretch of `CHUNK` elements of
+                entry entry_of[c]
+    numel       int64 [num_entries], group_of int32 [num_entries]
+    hyper       float64 [num_groups, NUM_HYPER + 1]: each group's hyperparameters and the sign of its gradients
+and pass on what belongs to a whole step as scalars in device memory, so that nobody waits for the device:
+    control     float64 [2]: what gradients are multiplied with, and whether their norm is NaN or infinite (0 or 1)
+
+A grid of any size does the same, to the bit but for the norm, whose partial sums follow the grid.
+"""
+
+import triton
+import triton.language as tl
+
+# Rows of the table of addresses: the parameter, then the states, the step count, and the extra scalar.
+PARAM: tl.constexpr = tl.constexpr(0)
+STATE: tl.constexpr = tl.constexpr(1)
+
+# Squares of float64 values far from 1 overflow or vanish; those of values times one of these do not.
+HUGE: tl.constexpr = tl.constexpr(2.0**540)
+TINY: tl.constexpr = tl.constexpr(2.0**-540)
+
+
+@triton.jit
+def _is_last_program(ticket):
+    """Whether all other programs have come here. What they wrote before is then visible to this one."""
+    tl.debug_barrier()  # all of this program's threads have written
+    return tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
+
+
+@triton.jit
+def _load_block(address, offsets, limit, dtype: tl.constexpr, IS_WHOLE: tl.constexpr):
+    """Elements of a tensor. IS_WHOLE: its address is aligned to 16 bytes, and all of the block lies before the limit."""
+    pointer = address.to(tl.pointer_type(dtype))
+    if IS_WHOLE:
+        return tl.load(tl.multiple_of(pointer, 16) + offsets)
+    return tl.load(pointer + offsets, mask=offsets < limit, other=0)
+
+
+@triton.jit
+def _store_block(address, offsets, limit, values, dtype: tl.constexpr, IS_WHOLE: tl.constexpr):
+    pointer = address.to(tl.pointer_type(dtype))
+    if dtype.primitive_bitwidth < values.dtype.primitive_bitwidth:
+        values = values.to(dtype, fp_downcast_rounding="rtne")
+    if IS_WHOLE:
+        tl.store(tl.multiple_of(pointer, 16) + offsets, values)
+    else:
+        tl.store(pointer + offsets, values, mask=offsets < limit)
+
+
+@triton.jit
+def _sum_of_squares(sums, grad, offsets, limit, GRAD_DTYPE: tl.constexpr, IS_WHOLE: tl.constexpr):
+    """Adds the squares of a block to `sums`, in float64: those of no float32 overflow or vanish there."""
+    values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)
+    if GRAD_DTYPE == tl.float64:
+        huge, tiny = values * TINY, values * HUGE
+        sums = (sums[0] + values * values, sums[1] + huge * huge, sums[2] + tiny * tiny)
+    else:
+        sums = (sums[0] + values * values,)
+    return sums
+
+
+@triton.jit(do_not_specialize=["num_chunks", "first_partial", "num_partials"])
+def global_norm(
+    grads, entry_of, index_of, numel, num_chunks,
+    partials, first_partial, num_partials, ticket,
+    max_norm, previous, grad_scale, norm, control,
+    GRAD_DTYPE: tl.constexpr, IS_FINAL: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, NUM_PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """The 2-norm of all gradients, unscaled, and the coefficient that clips it.
+
+    Several launches may share ``partials`` (float64 [3, num_partials], this launch's from ``first_partial`` on); the last
+    one, IS_FINAL, writes ``norm`` (0-d) and ``control``. ``previous`` is the control of a clip that came before.
+    """
+    program = tl.program_id(0)
+    zeros = tl.zeros((BLOCK,), tl.float64)
+    if GRAD_DTYPE == tl.float64:
+        sums = (zeros, zeros, zeros)
+    else:
+        sums = (zeros,)
+    chunk = program
+    while chunk < num_chunks:
+        entry = tl.load(entry_of + chunk)
+        grad = tl.load(grads + entry)
+        if grad != 0:
+            begin = tl.load(index_of + chunk).to(tl.int64) * CHUNK
+            limit = tl.load(numel + entry)
+            if (begin + CHUNK <= limit) & (grad % 16 == 0):
+                for done in range(0, CHUNK, BLOCK):
+                    offsets = begin + done + tl.arange(0, BLOCK)
+                    sums = _sum_of_squares(sums, grad, offsets, limit, GRAD_DTYPE, True)
+            else:
+                limit = tl.minimum(limit, begin + CHUNK)
+                while begin < limit:
+                    offsets = begin + tl.arange(0, BLOCK)
+                    sums = _sum_of_squares(sums, grad, offsets, limit, GRAD_DTYPE, False)
+                    begin += BLOCK
+        chunk += tl.num_programs(0)
+    for i in tl.static_range(len(sums)):
+        tl.store(partials + i * num_partials + first_partial + program, tl.sum(sums[i]))
+
+    if _is_last_program(ticket):
+        tl.store(ticket, 0)
+        if IS_FINAL:
+            indices = tl.arange(0, NUM_PARTIALS)
+            is_used = indices < num_partials
+            # Not from the cache of this multiprocessor, which may hold what was there before.
+            sum = tl.sum(tl.load(partials + indices, mask=is_used, other=0, cache_modifier=".cg"))
+            huge = tl.sum(tl.load(partials + num_partials + indices, mask=is_used, other=0, cache_modifier=".cg"))
+            tiny = tl.sum(tl.load(partials + 2 * num_partials + indices, mask=is_used, other=0, cache_modifier=".cg"))
+            total = tl.sqrt(sum)
+            total = tl.where((sum > 2.0**1020) & (huge > 0), tl.sqrt(huge) * HUGE, total)
+            total = tl.where((sum < 2.0**-960) & (tiny > 0), tl.sqrt(tiny) * TINY, total)
+            coef = tl.load(previous) / tl.load(grad_scale).to(tl.float64)
+            total = total * tl.abs(coef)
+            is_finite = total < float("inf")  # nor NaN
+            limit = tl.load(max_norm)
+            clip = limit / (total + 1e-6)
+            clip = tl.where((limit == float("inf")) | (clip >= 1), 1.0, clip)
+            tl.store(norm, total.to(norm.dtype.element_ty))
+            tl.store(control, coef * clip)
+            tl.store(control + 1, tl.where(is_finite, 0.0, 1.0))
+
+
+@triton.jit
+def _update_block(
+    row, num_entries, grad_address, offsets, limit, scalars,
+    UPDATE: tl.constexpr, STORES: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, IS_WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Loads a block of an entry, whose column of the table begins at `row`; computes in DTYPE; stores what is new."""
+    param_address = tl.load(row + PARAM * num_entries)
+    param = _load_block(param_address, offsets, limit, PARAM_DTYPE, IS_WHOLE).to(DTYPE)
+    grad = _load_block(grad_address, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(DTYPE)
+    states = ()
+    for i in tl.static_range(len(STORES)):
+        if STORES[i]:
+            states = states + (_load_block(tl.load(row + (STATE + i) * num_entries), offsets, limit, DTYPE, IS_WHOLE),)
+        else:
+            states = states + (grad,)  # not looked at
+    param, states = UPDATE(scalars, param, grad, states, STORES)
+    _store_block(param_address, offsets, limit, param, PARAM_DTYPE, IS_WHOLE)
+    for i in tl.static_range(len(STORES)):
+        if STORES[i]:
+            _store_block(tl.load(row + (STATE + i) * num_entries), offsets, limit, states[i], DTYPE, IS_WHOLE)
+
+
+@triton.jit
+def _prepared(
+    row, num_entries, hyper, control, grad_scale, mask,
+    PREPARE: tl.constexpr, NUM_HYPER: tl.constexpr, NUM_STATES: tl.constexpr, HAS_EXTRA: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The rule's scalars in this step, and what becomes of the extra scalar: for one entry, or for a block of them."""
+    values = ()
+    for i in tl.static_range(NUM_HYPER):
+        values = values + (tl.load(hyper + i, mask=mask),)
+    coef = tl.load(hyper + NUM_HYPER, mask=mask) * tl.load(control) / tl.load(grad_scale).to(tl.float64)
+    step = tl.load(_scalar(row, num_entries, STATE + NUM_STATES, tl.float32, mask), mask=mask).to(tl.float64) + 1
+    extra = step  # not looked at
+    if HAS_EXTRA:
+        extra = tl.load(_scalar(row, num_entries, STATE + NUM_STATES + 1, DTYPE, mask), mask=mask).to(tl.float64)
+    return PREPARE(values, coef, step, extra, DTYPE)
+
+
+@triton.jit
+def _scalar(row, num_entries, slot, dtype: tl.constexpr, mask):
+    """Pointers to the entries' step counts, or to their extra scalars."""
+    return tl.load(row + slot * num_entries, mask=mask).to(tl.pointer_type(dtype))
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_entries", "skips_nonfinite", "counts_skip"])
+def update(
+    grads, entry_of, index_of, numel, num_chunks, addresses, group_of, hyper, num_entries,
+    control, grad_scale, found_inf, skips_nonfinite, skipped, counts_skip, ticket,
+    PREPARE: tl.constexpr, UPDATE: tl.constexpr, STORES: tl.constexpr, NUM_HYPER: tl.constexpr, HAS_EXTRA: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One step of every entry that has a gradient; nothing, and, where ``counts_skip``, one more in ``skipped`` (0-d int64), if a gradient is not finite.
+
+    STORES: for each state of the rule whether it is kept. States, and what is computed in, are DTYPE.
+    """
+    program = tl.program_id(0)
+    is_skipped = (tl.load(found_inf) != 0) | ((skips_nonfinite != 0) & (tl.load(control + 1) != 0))
+    if is_skipped:
+        if (program == 0) & (counts_skip != 0):
+            tl.store(skipped, tl.load(skipped) + 1)
+    else:
+        chunk = program
+        while chunk < num_chunks:
+            entry = tl.load(entry_of + chunk)
+            row = addresses + entry
+            grad = tl.load(grads + entry)
+            if grad != 0:
+                begin = tl.load(index_of + chunk).to(tl.int64) * CHUNK
+                limit = tl.load(numel + entry)
+                scalars, _ = _prepared(
+                    row, num_entries, hyper + tl.load(group_of + entry) * (NUM_HYPER + 1), control, grad_scale, None,
+                    PREPARE, NUM_HYPER, len(STORES), HAS_EXTRA, DTYPE,
+                )  # fmt: skip
+                misaligned = tl.load(row + PARAM * num_entries) | grad
+                for i in tl.static_range(len(STORES)):
+                    if STORES[i]:
+                        misaligned |= tl.load(row + (STATE + i) * num_entries)
+                if (begin + CHUNK <= limit) & (misaligned % 16 == 0):
+                    for done in range(0, CHUNK, BLOCK):
+                        offsets = begin + done + tl.arange(0, BLOCK)
+                        _update_block(
+                            row, num_entries, grad, offsets, limit, scalars,
+                            UPDATE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, True,
+                        )  # fmt: skip
+                else:
+                    limit = tl.minimum(limit, begin + CHUNK)
+                    while begin < limit:
+                        offsets = begin + tl.arange(0, BLOCK)
+                        _update_block(
+                            row, num_entries, grad, offsets, limit, scalars,
+                            UPDATE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, False,
+                        )  # fmt: skip
+                        begin += BLOCK
+            chunk += tl.num_programs(0)
+        # Step counts move when no program reads them any more.
+        if _is_last_program(ticket):
+            tl.store(ticket, 0)
+            first = 0
+            while first < num_entries:
+                entries = first + tl.arange(0, BLOCK)
+                rows = addresses + entries
+                mask = tl.load(grads + entries, mask=entries < num_entries, other=0) != 0
+                if HAS_EXTRA:
+                    groups = tl.load(group_of + entries, mask=mask, other=0)
+                    _, extra = _prepared(
+                        rows, num_entries, hyper + groups * (NUM_HYPER + 1), control, grad_scale, mask,
+                        PREPARE, NUM_HYPER, len(STORES), HAS_EXTRA, DTYPE,
+                    )  # fmt: skip
+                    tl.store(
+                        _scalar(rows, num_entries, STATE + len(STORES) + 1, DTYPE, mask), extra.to(DTYPE), mask=mask
+                    )
+                steps = _scalar(rows, num_entries, STATE + len(STORES), tl.float32, mask)
+                tl.store(steps, tl.load(steps, mask=mask) + 1, mask=mask)
+                first += BLOCK

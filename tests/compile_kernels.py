@@ -1,0 +1,149 @@
+"""Compiles every variant of the Triton kernels for GPUs that need not be there, and says what came out.
+
+    python -m tests.compile_kernels            table of registers, wide accesses and spills, for the usual targets
+    python -m tests.compile_kernels --all      for all targets
+    python -m tests.compile_kernels --write    and keeps it as tests/compiled_kernels.json
+
+A process of its own, because the kernels are either compiled or interpreted, which is decided when they are imported.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("compiled_kernels.json")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+MORE_TARGETS = ("sm_86", "sm_89", "sm_120", "gfx90a", "gfx1100")
+# (parameter, gradient): all that a plan lets in; gradients of their parameter's own dtype on every target.
+DTYPES = (
+    ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp64", "fp64"), ("fp32", "bf16"), ("fp32", "fp16"),
+    ("bf16", "fp32"), ("bf16", "fp16"), ("fp16", "fp32"), ("fp16", "bf16"), ("fp64", "fp32"), ("fp64", "bf16"),
+    ("fp64", "fp16"),
+)  # fmt: skip
+
+
+def variants(targets):
+    """(target, kernel, stores, parameter, gradient) of every compilation."""
+    from fusedopt.rules import RULES
+
+    for target in targets:
+        for param, grad in DTYPES:
+            if param != grad and target != "sm_90":
+                continue
+            if param == grad:
+                yield target, "global_norm", (), param, grad
+            for rule in RULES.values():
+                choices = [(True,) if state.option is None else (False, True) for state in rule.states]
+                for stores in itertools.product(*choices):
+                    yield target, rule.name, stores, param, grad
+
+
+def name_of(target, kernel, stores, param, grad):
+    kept = "".join("x" if stored else "-" for stored in stores)
+    return " ".join(filter(None, [target, kernel, kept, param if param == grad else f"{param}/{grad}"]))
+
+
+def compile_variant(variant):
+    """(its name, what the compiler made of it)."""
+    import torch
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fusedopt.backends.triton import BLOCK, CHUNK, OPTIONS
+    from fusedopt.kernels import engine, rules
+    from fusedopt.rules import RULES
+
+    target, kernel, stores, param, grad = variant
+    types = {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.bfloat16, "fp16": tl.float16}
+    computed = "fp64" if param == "fp64" else "fp32"
+    constants = {"CHUNK": CHUNK, "BLOCK": BLOCK[torch.float64 if computed == "fp64" else torch.float32]}
+    if kernel == "global_norm":
+        function = engine.global_norm
+        constants |= {"GRAD_DTYPE": types[grad], "IS_FINAL": True, "NUM_PARTIALS": 2048}
+    else:
+        function = engine.update
+        prepare, update = rules.RULES[kernel]
+        constants |= {
+            "PREPARE": prepare, "UPDATE": update, "STORES": stores, "NUM_HYPER": len(RULES[kernel].hyper),
+            "HAS_EXTRA": RULES[kernel].extra is not None,
+            "PARAM_DTYPE": types[param], "GRAD_DTYPE": types[grad], "DTYPE": types[computed],
+        }  # fmt: skip
+    pointers = {
+        "grads": "*i64", "entry_of": "*i32", "index_of": "*i32", "numel": "*i64", "addresses": "*i64", "group_of": "*i32",
+        "hyper": "*fp64", "partials": "*fp64", "ticket": "*i32", "max_norm": "*fp64", "previous": "*fp64",
+        "grad_scale": "*fp32", "found_inf": "*fp32", "norm": "*fp32", "control": "*fp64", "skipped": "*i64",
+    }  # fmt: skip
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in function.arg_names
+    }
+    is_cuda = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, 64 if target < "gfx10" else 32)
+    compiled = triton.compile(ASTSource(function, signature, constants), target=gpu, options=dict(OPTIONS))
+    return name_of(*variant), _cuda_facts(triton, compiled) if is_cuda else _hip_facts(compiled)
+
+
+def _cuda_facts(triton, compiled):
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code, usage = (
+            subprocess.run([tools / tool, *arguments, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, arguments in (("nvdisasm", []), ("cuobjdump", ["-res-usage"]))
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {
+        "registers": int(registers),
+        "spilled": int(stack) + len(re.findall(r"\b(?:LDL|STL)", code)),
+        "wide_loads": len(re.findall(r"\bLDG?\.E\.\S*128", code)),
+        "wide_stores": len(re.findall(r"\bSTG?\.E\.\S*128", code)),
+    }
+
+
+def _hip_facts(compiled):
+    code = compiled.asm["amdgcn"]
+
+    def number(field):
+        return int(re.search(rf"\.{field}:\s*(\d+)", code).group(1))
+
+    return {
+        "registers": number("vgpr_count"),
+        "spilled": number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size"),
+        "wide_loads": len(re.findall(r"\b(?:global|flat|buffer)_load_(?:dwordx4|b128)", code)),
+        "wide_stores": len(re.findall(r"\b(?:global|flat|buffer)_store_(?:dwordx4|b128)", code)),
+    }
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="for all targets")
+    parser.add_argument("--write", action="store_true", help=f"keep the result as {TABLE.name}")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args(arguments)
+    import triton
+
+    todo = [*variants((*TARGETS, *MORE_TARGETS) if options.all else TARGETS)]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        facts = dict(pool.map(compile_variant, todo, chunksize=4))
+    result = {"triton": triton.__version__, "kernels": facts}
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for name, values in facts.items():
+            print(f"{name:<32}", *(f"{key} {value:<4}" for key, value in values.items()))
+    if options.write:
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in facts.items())
+        TABLE.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
