@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from fusedopt.errors import UNCHANGED, name_param, named_params
+from fusedopt.errors import UNCHANGED
 from fusedopt.plan import Plan, combine_norms
 from fusedopt.rules import number
 
@@ -207,18 +207,14 @@ def clip_grad_norm_(
     limit = check_max_norm("max_norm", max_norm)
     if limit is None:
         raise ValueError("max_norm must be a number, got None")
-    owner_of: dict[int, int] = {}
-    for i, optimizer in enumerate(optimizers):
-        for g, group in enumerate(optimizer.param_groups):
-            for k, name, param in named_params(group):
-                if owner_of.setdefault(id(param), i) != i:
-                    where = name_param(g, k, name, param)
-                    raise ValueError(
-                        f"clip_grad_norm_: optimizers[{i}]: {where}: also in optimizers[{owner_of[id(param)]}]"
-                    )
-
     with contextlib.ExitStack() as stack:
         plans = [stack.enter_context(optimizer._planned("clip_grad_norm_")) for optimizer in optimizers]
+        owner_of: dict[int, int] = {}
+        for i, plan in enumerate(plans):
+            for entry in (entry for bucket in plan.buckets for entry in bucket.entries):
+                owner = owner_of.setdefault(id(entry.param), i)
+                if owner != i:
+                    raise ValueError(f"clip_grad_norm_: optimizers[{i}]: {entry}: also in optimizers[{owner}]")
         clips = [optimizer._clip for optimizer in optimizers]
         coefs = [clip.pending_coef(plan, is_replaceable=True) for clip, plan in zip(clips, plans, strict=True)]
         norm = combine_norms([plan.grad_norm() * coef for plan, coef in zip(plans, coefs, strict=True)])

@@ -119,11 +119,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         try:
             scale = 1.0 if grad_scale is None else number("grad_scale", grad_scale)
+            is_found = found_inf is not None and number("found_inf", found_inf, takes_bool=True) != 0
         except ValueError as error:
             raise ValueError(f"{owner}: {error}; {UNCHANGED}") from None
         if not 0 < scale < math.inf:
             raise ValueError(f"{owner}: grad_scale must be positive and finite, got {scale}; {UNCHANGED}")
-        return scale, found_inf is not None and bool(found_inf)
+        return scale, is_found
 
     @contextlib.contextmanager
     def _planned(self, caller: str) -> Iterator[Plan]:

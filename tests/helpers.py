@@ -116,6 +116,8 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def _integers(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, read as integers."""
+    if tensor.is_quantized:
+        return tensor.int_repr()  # torch.equal of a view would crash
     tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 

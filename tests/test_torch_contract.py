@@ -13,7 +13,6 @@ import select
 import signal
 import threading
 import tracemalloc
-import warnings
 import weakref
 
 import pytest
@@ -149,6 +148,32 @@ def test_torchs_implementation_switches_are_accepted_and_kept(spec, where):
         train(optimizer, params, 2)
         train(spec.make(plain_params), plain_params, 2)
         assert_same_bits(params, plain_params)
+
+
+ITERABLES = {
+    "list": list,
+    "tuple": tuple,
+    "generator": lambda params: (param for param in params),
+    "set": set,
+    "dictionary's values": lambda params: dict(enumerate(params)).values(),
+    "ParameterList": torch.nn.ParameterList,
+    "groups": lambda params: [{"params": params[0]}, {"params": params[1:3]}, {"params": iter(params[3:])}],
+    "generator of groups": lambda params: ({"params": [param]} for param in params),
+    "named": lambda params: [(f"p{i}", param) for i, param in enumerate(params)],
+    "named groups": lambda params: [{"params": [(f"p{i}", param)]} for i, param in enumerate(params)],
+}
+
+
+@only_on("cpu", "nothing is computed")
+@pytest.mark.parametrize("form", ITERABLES)
+@every_twin
+def test_parameters_may_come_in_any_iterable(spec, form):
+    """With the groups that torch makes of it."""
+    params = make_params()
+    ours, theirs = (make(ITERABLES[form](params)).param_groups for make in (spec.make, spec.twin))
+    for group, other in zip(ours, theirs, strict=True):
+        assert [*map(id, group["params"])] == [*map(id, other["params"])]
+        assert group.get("param_names") == other.get("param_names")
 
 
 @every_class
@@ -603,8 +628,7 @@ def test_option_that_adds_a_state_may_be_switched_on_and_off(spec, kept):
 def test_parameter_listed_twice_counts_once(spec):
     params = make_params(((13, 7), (5,)))
     twice, once = clone_params(params), clone_params(params)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch: duplicate parameters in a group
+    with pytest.warns(UserWarning, match="duplicate parameters"):  # torch's
         doubled = spec.make([twice[0], twice[1], twice[0]], max_grad_norm=0.5)
     single = spec.make(once, max_grad_norm=0.5)
     train(doubled, twice, 3)
