@@ -9,8 +9,6 @@ import math
 import os
 import pickle
 import re
-import select
-import signal
 import threading
 import tracemalloc
 import weakref
@@ -29,11 +27,14 @@ from helpers import (
     clone_params,
     every_class,
     every_twin,
+    ignores_fork_warning,
     known_to_torch,
     make_params,
+    needs_fork,
     nothing_changes,
     only_on,
     randn,
+    run_in_fork,
     set_grads,
     train,
 )
@@ -298,6 +299,12 @@ def params64(shapes=SHAPES, seed=0):
     return make_params(shapes, torch.float64, seed)
 
 
+def set_step_counts(optimizer, value):
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(value)
+
+
 def grads_on(params, step, present):
     for i, param in enumerate(params):
         param.grad = randn(param.shape, param.dtype, 100 * step + i + 1) if present[i] else None
@@ -363,9 +370,7 @@ def step_count_that_float32_cannot_raise(spec, make):
     params = params64()
     optimizer = make(params)
     train(optimizer, params, 1)
-    for param in params:
-        if "step" in optimizer.state.get(param, {}):
-            optimizer.state[param]["step"].fill_(2.0**24 - 2)
+    set_step_counts(optimizer, 2.0**24 - 2)
     train(optimizer, params, 4, 1)
     counts = {float(optimizer.state[param].get("step", 2.0**24)) for param in params if param in optimizer.state}
     assert counts <= {2.0**24}
@@ -559,9 +564,7 @@ def step_count_set_by_hand(spec, make):
     params = params64()
     optimizer = make(params)
     train(optimizer, params, 2)
-    for param in params:
-        if "step" in optimizer.state.get(param, {}):
-            optimizer.state[param]["step"].fill_(40.0)
+    set_step_counts(optimizer, 40.0)
     if spec.rule.extra:
         optimizer.state[params[1]][spec.rule.extra].fill_(0.25)  # of one only: its neighbours keep theirs
     train(optimizer, params, 2, 2)
@@ -1165,8 +1168,8 @@ def test_number_of_threads_does_not_change_a_bit_of_a_float64_norm(threads):
 
 
 @only_on("cpu", "about its threads")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@needs_fork
+@ignores_fork_warning
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_forked_child_steps_as_its_parent(name, threads):
     """After the parent has used its threads; a child that waits for them would hang."""
@@ -1175,31 +1178,12 @@ def test_forked_child_steps_as_its_parent(name, threads):
     optimizer = getattr(fusedopt, name)(params, lr=0.01, weight_decay=0.125, max_grad_norm=0.5)
     train(optimizer, params, 2)
     set_grads(params, 2)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.close(reader)
-            optimizer.step()
-            digest = str(hash(tuple(bits(param) for param in params))).encode()
-            os.write(writer, digest)
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writer)
-    try:
-        is_ready, _, _ = select.select([reader], [], [], 30)
-        if not is_ready:
-            os.kill(child, signal.SIGKILL)
-        answer = os.read(reader, 100) if is_ready else b""
-        _, status = os.waitpid(child, 0)
-    finally:
-        os.close(reader)
-    assert is_ready, "the child hangs"
-    assert os.waitstatus_to_exitcode(status) == 0
-    optimizer.step()
-    assert answer.decode() == str(hash(tuple(bits(param) for param in params)))
+
+    def step():
+        optimizer.step()
+        return b"".join(bits(param) for param in params)
+
+    assert run_in_fork(step) == step()
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -1390,24 +1374,15 @@ def interrupt(*args):
 
 
 @only_on("cpu", "torch's own operations hang in a forked child that uses several threads")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@needs_fork
+@ignores_fork_warning
 def test_child_forked_during_a_step_can_step():
     params = make_params()
     optimizer = fusedopt.AdamW(params)
     train(optimizer, params, 1)
     set_grads(params, 1)
     with optimizer._planned("step"):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                optimizer.step()
-                status = 0
-            finally:
-                os._exit(status)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+        run_in_fork(optimizer.step)
 
 
 @only_on("cpu", "its update runs without the interpreter lock")
