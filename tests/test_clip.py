@@ -674,6 +674,10 @@ def spent():
     return optimizers
 
 
+def twice_the_same():
+    return [fusedopt.SGD(make_params(SHAPES))] * 2
+
+
 def shared():
     params = make_params(SHAPES)
     return [fusedopt.SGD(params[:3]), fusedopt.Lion(params[2:])]
@@ -701,6 +705,7 @@ BAD_OPTIMIZERS = {
         ValueError,
         r"clip_grad_norm_: optimizers\[1\]: .*shape \(\), float32 on cpu: also in optimizers\[0\]",
     ),
+    "one optimizer twice": (twice_the_same, 1.0, ValueError, r"optimizers\[1\]: .*: also in optimizers\[0\]"),
 }
 
 

@@ -38,6 +38,7 @@ from helpers import (
     set_grads,
     train,
 )
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
 from fusedopt import _C
@@ -247,6 +248,22 @@ def test_step_hooks_run_before_and_after(spec):
 
 
 @every_class
+def test_step_hooks_of_all_optimizers_run(spec):
+    params, seen = make_params(), []
+    optimizer = spec.make(params)
+    handles = [
+        register_optimizer_step_pre_hook(lambda opt, args, kwargs: seen.append(("pre", opt is optimizer))),
+        register_optimizer_step_post_hook(lambda opt, args, kwargs: seen.append(("post", opt is optimizer))),
+    ]
+    try:
+        train(optimizer, params, 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == [("pre", True), ("post", True)]
+
+
+@every_class
 def test_pre_hook_may_change_gradients_and_options(spec):
     """The step must not have looked at either before the hook ran."""
 
@@ -365,15 +382,113 @@ def weights_averaged_and_swapped_in(spec, make):
 
 
 @scenario
+def learning_rate_of_averaging(spec, make):
+    """SWALR keeps options of its own in the groups, and anneals to one of them."""
+    params = params64()
+    optimizer = make([{"params": params[:2]}, {"params": params[2:], "lr": 0.02}])
+    scheduler = torch.optim.swa_utils.SWALR(optimizer, swa_lr=[0.1, 0.3], anneal_epochs=3)
+    for step in range(5):
+        train(optimizer, params, 1, step)
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.3]
+    return optimizer
+
+
+@scenario
+def cyclic_lr_after_a_linear_one(spec, make):
+    """A scheduler handed over to by another, which also cycles what it finds of betas and momentum."""
+    params = params64()
+    optimizer = make(params)
+    schedulers = torch.optim.lr_scheduler
+    cycles = "betas" in optimizer.defaults or bool(optimizer.defaults.get("momentum"))
+    cyclic = schedulers.CyclicLR(optimizer, 0.01, 0.1, step_size_up=2, cycle_momentum=cycles)
+    scheduler = schedulers.SequentialLR(optimizer, [schedulers.LinearLR(optimizer), cyclic], milestones=[2])
+    seen = set()
+    for step in range(6):
+        train(optimizer, params, 1, step)
+        scheduler.step()
+        seen.add(optimizer.param_groups[0]["lr"])
+    assert len(seen) > 3
+    return optimizer
+
+
+@scenario
+def parameters_made_by_the_first_forward(spec, make):
+    """A lazy module's parameters are in the list, and one step is taken, before they have a shape."""
+    model = torch.nn.LazyLinear(5, dtype=torch.float64)
+    if spec.twin_name == "Adagrad":  # torch's makes its state at construction, and needs a shape
+        model(torch.ones(1, 7, dtype=torch.float64))
+    optimizer = make(model.parameters())
+    optimizer.step()
+    model(torch.ones(1, 7, dtype=torch.float64))
+    params = list(model.parameters())
+    with torch.no_grad():
+        for i, param in enumerate(params):
+            param.copy_(randn(param.shape, torch.float64, i))
+    train(optimizer, params, 3)
+    return optimizer
+
+
+@scenario
+def weights_tied_between_layers(spec, make):
+    """One parameter under two names, which `parameters()` gives once; its gradient is the sum over both uses."""
+    embedding, head = torch.nn.Embedding(11, 7, dtype=torch.float64), torch.nn.Linear(7, 11, dtype=torch.float64)
+    head.weight = embedding.weight
+    model = torch.nn.Sequential(embedding, head)
+    with torch.no_grad():
+        for i, param in enumerate(model.parameters()):
+            param.copy_(randn(param.shape, torch.float64, i))
+    optimizer = make(model.parameters())
+    assert len(optimizer.param_groups[0]["params"]) == 2
+    for step in range(4):
+        optimizer.zero_grad()
+        tokens = torch.arange(5) + step
+        torch.nn.functional.cross_entropy(model(tokens), tokens + 1).backward()
+        optimizer.step()
+    return optimizer
+
+
+@scenario
+def model_moved_to_another_memory_format(spec, make):
+    """``module.to(memory_format=…)`` gives parameters other memory and strides; their states stay as they lie."""
+    model = torch.nn.Conv2d(5, 6, 3, dtype=torch.float64)
+    params = list(model.parameters())
+    with torch.no_grad():
+        for i, param in enumerate(params):
+            param.copy_(randn(param.shape, torch.float64, i))
+    optimizer = make(params)
+    train(optimizer, params, 2)
+    before = model.weight.stride()
+    model.to(memory_format=torch.channels_last)
+    assert model.weight.stride() != before
+    train(optimizer, params, 2, 2)
+    return optimizer
+
+
+@scenario
+def parameters_put_into_one_vector(spec, make):
+    """Each becomes a view of a vector that belongs to all, most of them at an odd offset."""
+    params = params64()
+    optimizer = make(params)
+    train(optimizer, params, 2)
+    old = [param.data for param in params]
+    values = [tensor.clone() for tensor in old]
+    torch.nn.utils.vector_to_parameters(randn((sum(p.numel() for p in params),), torch.float64, 5), params)
+    train(optimizer, params, 2, 2)
+    assert_same_bits(old, values, "abandoned memory of parameter")
+    return optimizer
+
+
+@scenario
 def step_count_that_float32_cannot_raise(spec, make):
     """From 2²⁴ on, adding 1 to a float32 changes nothing: torch's count stays there, and so does ours."""
     params = params64()
     optimizer = make(params)
     train(optimizer, params, 1)
-    set_step_counts(optimizer, 2.0**24 - 2)
-    train(optimizer, params, 4, 1)
-    counts = {float(optimizer.state[param].get("step", 2.0**24)) for param in params if param in optimizer.state}
-    assert counts <= {2.0**24}
+    for step, (count, later) in enumerate(((2.0**24 - 2, 2.0**24), (2.0**30, 2.0**30))):
+        set_step_counts(optimizer, count)
+        train(optimizer, params, 4, 1 + 4 * step)
+        assert {float(state.get("step", later)) for state in optimizer.state.values()} <= {later}
     return optimizer
 
 
@@ -555,6 +670,20 @@ def state_replaced(spec, make):
         for name, value in list(state.items()):
             if name not in ("step", spec.rule.extra):
                 state[name] = randn(value.shape, value.dtype, 11).abs()
+    train(optimizer, params, 2, 2)
+    return optimizer
+
+
+@scenario
+def state_replaced_by_views(spec, make):
+    """With gaps between their elements, the first of which is nowhere near an aligned address."""
+    params = params64()
+    optimizer = make(params)
+    train(optimizer, params, 2)
+    for state in optimizer.state.values():
+        for name, value in list(state.items()):
+            if name not in ("step", spec.rule.extra):
+                state[name] = randn((*value.shape, 3), value.dtype, 11).abs()[..., 1]
     train(optimizer, params, 2, 2)
     return optimizer
 
