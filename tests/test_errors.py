@@ -1227,6 +1227,20 @@ def table_of_bad_input():
     return {name: (kind, message) for name, kind, message in rows}
 
 
+@only_on("cpu", "no optimizer takes part")
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*prototype:UserWarning")
+@pytest.mark.parametrize("make", [lambda: nested(2, 3), lambda: torch.ones(5, device="meta")], ids=["nested", "meta"])
+def test_torch_itself_refuses_a_gradient_of_another_kind(make):
+    """Nor can the parameter change under a gradient that it has: so the table has no row of either."""
+    param, other = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(make())
+    with pytest.raises(RuntimeError, match="assign a gradient"):
+        param.grad = make()
+    kind = other.layout, other.device
+    with contextlib.suppress(RuntimeError):
+        other.data = torch.ones(5)
+    assert (other.layout, other.device) == kind
+
+
 def test_every_bad_input_has_one_row_and_every_row_a_case():
     page = (Path(__file__).parent.parent / "docs" / "bad-input.md").read_text()
     rows = re.findall(r"^\| (.+?) \| `", page, flags=re.M)
