@@ -466,20 +466,6 @@ def model_moved_to_another_memory_format(spec, make):
 
 
 @scenario
-def parameters_put_into_one_vector(spec, make):
-    """Each becomes a view of a vector that belongs to all, most of them at an odd offset."""
-    params = params64()
-    optimizer = make(params)
-    train(optimizer, params, 2)
-    old = [param.data for param in params]
-    values = [tensor.clone() for tensor in old]
-    torch.nn.utils.vector_to_parameters(randn((sum(p.numel() for p in params),), torch.float64, 5), params)
-    train(optimizer, params, 2, 2)
-    assert_same_bits(old, values, "abandoned memory of parameter")
-    return optimizer
-
-
-@scenario
 def step_count_that_float32_cannot_raise(spec, make):
     """From 2²⁴ on, adding 1 to a float32 changes nothing: torch's count stays there, and so does ours."""
     params = params64()
@@ -644,19 +630,37 @@ def zero_grad_drops_tensors(spec, make):
     return optimizer
 
 
-@scenario
-def data_swapped(spec, make):
-    """After ``p.data = other`` the new memory is updated, the old one never again."""
+def run_with_memory_replaced(make, replace):
+    """The new memory of the parameters is updated, the old one never again."""
     params = params64()
     optimizer = make(params)
     train(optimizer, params, 2)
     old = [param.data for param in params]
     values = [tensor.clone() for tensor in old]
-    for param in params:
-        param.data = randn(param.shape, param.dtype, 77)
+    replace(params)
     train(optimizer, params, 2, 2)
     assert_same_bits(old, values, "abandoned memory of parameter")
     return optimizer
+
+
+@scenario
+def data_swapped(spec, make):
+    def replace(params):
+        for param in params:
+            param.data = randn(param.shape, param.dtype, 77)
+
+    return run_with_memory_replaced(make, replace)
+
+
+@scenario
+def parameters_put_into_one_vector(spec, make):
+    """Each becomes a view of a vector that belongs to all, most of them at an odd offset."""
+
+    def replace(params):
+        vector = randn((sum(param.numel() for param in params),), torch.float64, 5)
+        torch.nn.utils.vector_to_parameters(vector, params)
+
+    return run_with_memory_replaced(make, replace)
 
 
 @scenario
