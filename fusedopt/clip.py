@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from fusedopt.errors import UNCHANGED, name_param, named_params
+from fusedopt.errors import UNCHANGED
 from fusedopt.plan import Plan, combine_norms
 from fusedopt.rules import number
 
@@ -180,9 +180,11 @@ class Clip:
             ValueError: ``grad_scale`` is not a positive number.
             RuntimeError: ``nonfinite="error"`` and the norm is NaN or infinite; or gradients changed after a deferred clip.
         """
+        grad_scale = _checked(plan, "grad_scale", 1.0 if grad_scale is None else grad_scale)
+        found_inf = _checked(plan, "found_inf", 0.0 if found_inf is None else found_inf, takes_bool=True)
         # An error must be raised now, and so waits for the device.
         if plan.asynchronous is None or self.nonfinite == "error":
-            coef = self._coef(plan, _scale_of(plan, grad_scale), found_inf is not None and bool(found_inf))
+            coef = self._coef(plan, float(grad_scale), bool(found_inf))
             if coef is not None:
                 plan.update(coef)
         else:
@@ -223,7 +225,7 @@ class Clip:
         if self._measures:
             limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
             norm, control = plan.asynchronous.measure(limit, control, grad_scale, plan.norm_dtype)
-            grad_scale = None  # is in the control
+            grad_scale = 1.0  # is in the control
             if self._pending is None:
                 self.grad_norm = norm
         plan.update(
@@ -236,14 +238,17 @@ class Clip:
         )
 
 
-def _scale_of(plan: Plan, grad_scale: Any) -> float:
+def _checked(plan: Plan, name: str, value: Any, takes_bool: bool = False) -> float | torch.Tensor:
+    """One of GradScaler's attributes: a number, or left where it is if a device has it, which nobody waits for."""
     try:
-        scale = 1.0 if grad_scale is None else number("grad_scale", grad_scale)
+        if not getattr(value, "is_cpu", True) and value.numel() == 1:
+            return value
+        value = number(name, value, takes_bool)
     except ValueError as error:
         raise ValueError(f"{plan.owner}: {error}; {UNCHANGED}") from None
-    if not 0 < scale < math.inf:
-        raise ValueError(f"{plan.owner}: grad_scale must be positive and finite, got {scale}; {UNCHANGED}")
-    return scale
+    if not takes_bool and not 0 < value < math.inf:
+        raise ValueError(f"{plan.owner}: {name} must be positive and finite, got {value}; {UNCHANGED}")
+    return value
 
 
 @torch.compiler.disable
@@ -283,24 +288,20 @@ def clip_grad_norm_(
     limit = check_max_norm("max_norm", max_norm)
     if limit is None:
         raise ValueError("max_norm must be a number, got None")
-    owner_of: dict[int, int] = {}
-    for i, optimizer in enumerate(optimizers):
-        for g, group in enumerate(optimizer.param_groups):
-            for k, name, param in named_params(group):
-                if owner_of.setdefault(id(param), i) != i:
-                    where = name_param(g, k, name, param)
-                    raise ValueError(
-                        f"clip_grad_norm_: optimizers[{i}]: {where}: also in optimizers[{owner_of[id(param)]}]"
-                    )
-
     with contextlib.ExitStack() as stack:
         plans = [stack.enter_context(optimizer._planned("clip_grad_norm_")) for optimizer in optimizers]
+        owner_of: dict[int, int] = {}
+        for i, plan in enumerate(plans):
+            for entry in (entry for bucket in plan.buckets for entry in bucket.entries):
+                owner = owner_of.setdefault(id(entry.param), i)
+                if owner != i:
+                    raise ValueError(f"clip_grad_norm_: optimizers[{i}]: {entry}: also in optimizers[{owner}]")
         clips = [optimizer._clip for optimizer in optimizers]
         pending = [clip.pending(plan, is_replaceable=True) for clip, plan in zip(clips, plans, strict=True)]
         dtype = torch.float64 if any(plan.norm_dtype == torch.float64 for plan in plans) else torch.float32
         buckets = [plan.asynchronous for plan in plans]
         if len(plans) == 1 and buckets[0] is not None:
-            result, on_device = buckets[0].measure(limit, pending[0].on(plans[0].norm_device), None, dtype)
+            result, on_device = buckets[0].measure(limit, pending[0].on(plans[0].norm_device), 1.0, dtype)
             controls = [Control(on_device=on_device)]
         else:
             pending = [control.on_host() for control in pending]

@@ -159,6 +159,9 @@ class Plan:
         is_same_kernel = True
         known = list(self._options)  # replaced only when all groups are valid: a refusal must not lose a change
         for index, group in enumerate(param_groups):
+            if not isinstance(group, dict):
+                kind = type(group).__name__
+                raise TypeError(f"{self.owner}: param_groups[{index}] is a {kind}, not a dict; {UNCHANGED}")
             try:
                 options = (self.rule.scalars(group), flag("maximize", group["maximize"]), self.rule.variant(group))
                 if options == known[index] and not group.get("differentiable"):
@@ -244,6 +247,9 @@ class Plan:
         for g, group in enumerate(param_groups):
             if "params" not in group:
                 raise ValueError(f"{self.owner}: param_groups[{g}]: 'params' is missing; {UNCHANGED}")
+            if not isinstance(group["params"], list):
+                kind = type(group["params"]).__name__
+                raise TypeError(f"{self.owner}: param_groups[{g}]: 'params' is a {kind}, not a list; {UNCHANGED}")
             for i, name, param in named_params(group):
                 if id(param) in seen:
                     continue
@@ -293,8 +299,9 @@ class Plan:
         for is_lazy, kind, remedy in ((tensor.is_neg(), "negative", "neg"), (tensor.is_conj(), "conjugate", "conj")):
             if is_lazy:
                 self._fail(RuntimeError, entry, f"{what} is a lazy {kind} view; call resolve_{remedy}() on it")
-        if tensor.dim() + tensor.is_complex() > MAX_DIMS:  # the table has a complex tensor as pairs
-            self._fail(RuntimeError, entry, f"{what} has {tensor.dim()} dimensions; at most {MAX_DIMS} are supported")
+        most = MAX_DIMS - tensor.is_complex()  # the table has a complex tensor as pairs
+        if tensor.dim() > most:
+            self._fail(RuntimeError, entry, f"{what} has {tensor.dim()} dimensions; at most {most} are supported")
         try:
             held = tensor.untyped_storage().nbytes()
         except (RuntimeError, NotImplementedError):
@@ -467,7 +474,7 @@ def _seen(group: dict[str, Any]) -> tuple[list, list] | None:
 
 def _is_as_seen(group: dict[str, Any], seen: tuple[list, list] | None) -> bool:
     """Whether a group holds the very objects that it held when it was `_seen`."""
-    return seen is not None and [*group] == seen[0] and all(map(is_, group.values(), seen[1]))
+    return seen is not None and type(group) is dict and [*group] == seen[0] and all(map(is_, group.values(), seen[1]))
 
 
 def _is_scalar_of(value: Any, dtype: torch.dtype, device: torch.device) -> bool:

@@ -21,10 +21,11 @@ class State:
     initial: str | None = None  # the group option that holds its first value; None: 0
 
 
-def number(name: str, value: Any) -> float:
+def number(name: str, value: Any, takes_bool: bool = False) -> float:
     """An option's value as a float: a number, or a tensor of one element. A bool or a string is a mistake, not a number."""
     try:
-        if not isinstance(value, (bool, str, bytes)) and "bool" not in str(getattr(value, "dtype", "")):
+        is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+        if not isinstance(value, (str, bytes)) and (takes_bool or not is_bool):
             return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass

@@ -81,11 +81,11 @@ def compile_variant(variant):
         "hyper": "*fp64", "partials": "*fp64", "ticket": "*i32", "max_norm": "*fp64", "previous": "*fp64",
         "grad_scale": "*fp32", "found_inf": "*fp32", "norm": "*fp32", "control": "*fp64", "skipped": "*i64",
     }  # fmt: skip
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in function.arg_names
-    }
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in function.arg_names}
     is_cuda = target.startswith("sm_")
-    gpu = GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, 64 if target < "gfx10" else 32)
+    gpu = (
+        GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, 64 if target < "gfx10" else 32)
+    )
     compiled = triton.compile(ASTSource(function, signature, constants), target=gpu, options=dict(OPTIONS))
     return name_of(*variant), _cuda_facts(triton, compiled) if is_cuda else _hip_facts(compiled)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
+import select
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +119,8 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def _integers(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, read as integers."""
+    if tensor.is_quantized:
+        return tensor.int_repr()  # torch.equal of a view would crash
     tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
@@ -206,3 +211,35 @@ def nothing_changes(optimizer) -> Iterator[None]:
     before = snapshot(optimizer)
     yield
     assert_unchanged(before, optimizer)
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+ignores_fork_warning = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def run_in_fork(body: Callable[[], bytes | None], timeout: float = 30) -> bytes:
+    """What body() returns in a forked child, which must end well, and in time."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(reader)
+            answer = body() or b""
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(answer)
+            status = 0
+        except BaseException as error:
+            os.write(2, f"in the child: {error!r}\n".encode())
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        has_answered, _, _ = select.select([pipe], [], [], timeout)
+        if not has_answered:
+            os.kill(child, signal.SIGKILL)
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert has_answered, "the child hangs"
+    assert os.waitstatus_to_exitcode(status) == 0
+    return answer

@@ -494,6 +494,13 @@ MUTANTS = [
             "return same;",
             f"{SAME_AS_TORCH}[cpu-AdamW-state_cleared]",
         ),
+        (
+            "frozen parameter stepped with its last gradient",
+            "csrc/bindings.cpp",
+            "      entry.is_active = is_active;\n      if (!is_active) continue;",
+            "      entry.is_active = is_active || entry.is_active;\n      if (!is_active) continue;",
+            f"{SAME_AS_TORCH}[cpu-AdamW-frozen_and_unfrozen]",
+        ),
         # -- fusedopt/plan.py
         (
             "group added later not planned",
@@ -585,8 +592,8 @@ MUTANTS = [
         (
             "number in a string taken for a number",
             "fusedopt/rules.py",
-            "isinstance(value, (bool, str, bytes))",
-            "isinstance(value, bool)",
+            "not isinstance(value, (str, bytes)) and",
+            "",
             "test_clip.py::test_limit_that_is_no_number_is_refused[cpu-1.0]",
         ),
         (
@@ -711,6 +718,44 @@ MUTANTS = [
             "return sum(norm * norm for norm in norms) ** 0.5",
             "test_clip.py::test_norm_neither_overflows_nor_vanishes[cpu-torch.float64-1e+200-by_function_over_two]",
         ),
+        (
+            "tensor lr read once",
+            "fusedopt/plan.py",
+            "                options = (self.rule.scalars(group),",
+            '                if known[index] and isinstance(group["lr"], torch.Tensor):\n'
+            "                    continue\n"
+            "                options = (self.rule.scalars(group),",
+            f"{SAME_AS_TORCH}[cpu-AdamW-cosine_of_a_tensor_lr]",
+        ),
+        (
+            "empty tensors taken for one memory",
+            "fusedopt/plan.py",
+            "if tensor is not None and tensor.numel()]",
+            "if tensor is not None]",
+            f"{SAME_AS_TORCH}[cpu-AdamW-lambda_lr]",
+        ),
+        (
+            "group that is no dict read as one",
+            "fusedopt/plan.py",
+            "if not isinstance(group, dict):",
+            "if False:",
+            "test_errors.py::test_group_that_is_none_is_refused_by_its_index",
+        ),
+        (
+            "params that are no list read as one",
+            "fusedopt/plan.py",
+            'if not isinstance(group["params"], list):',
+            "if False:",
+            "test_errors.py::test_group_that_is_none_is_refused_by_its_index",
+        ),
+        (
+            "complex tensors told another limit of dimensions",
+            "fusedopt/plan.py",
+            "at most {most} are supported",
+            "at most {MAX_DIMS} are supported",
+            "test_errors.py::test_bad_input_gets_the_answer_of_its_row"
+            "[cpu-a complex parameter of 64 dimensions: with its pairs there are 65]",
+        ),
         # -- fusedopt/optimizer.py, fusedopt/optimizers
         (
             "closure runs without gradients",
@@ -718,6 +763,48 @@ MUTANTS = [
             "with torch.enable_grad():",
             "with torch.no_grad():",
             "test_torch_contract.py::test_closure_runs_once_first_and_with_gradients_enabled[cpu-AdamW]",
+        ),
+        (
+            "step hooks not called",
+            "fusedopt/optimizer.py",
+            "    def _amp(self, owner",
+            "    step.hooked = True\n\n    def _amp(self, owner",
+            "test_torch_contract.py::test_step_hooks_run_before_and_after[cpu-AdamW]",
+        ),
+        (
+            "state_dict hooks not called",
+            "fusedopt/optimizer.py",
+            "    def __getstate__(self)",
+            "    def state_dict(self):\n"
+            "        hooks = self._optimizer_state_dict_pre_hooks, self._optimizer_state_dict_post_hooks\n"
+            "        self._optimizer_state_dict_pre_hooks = self._optimizer_state_dict_post_hooks = {}\n"
+            "        try:\n"
+            "            return super().state_dict()\n"
+            "        finally:\n"
+            "            self._optimizer_state_dict_pre_hooks, self._optimizer_state_dict_post_hooks = hooks\n\n"
+            "    def __getstate__(self)",
+            "test_torch_contract.py::test_state_dict_hooks_run[cpu-AdamW]",
+        ),
+        (
+            "hooks before a load not called",
+            "fusedopt/optimizer.py",
+            "self._optimizer_load_state_dict_pre_hooks.values()",
+            "()",
+            "test_checkpoints.py::test_load_hooks_run_around_the_load[cpu-AdamW]",
+        ),
+        (
+            "hooks after a load not called",
+            "fusedopt/optimizer.py",
+            "self._optimizer_load_state_dict_post_hooks.values()",
+            "()",
+            "test_checkpoints.py::test_load_hooks_run_around_the_load[cpu-AdamW]",
+        ),
+        (
+            "options of an added group not checked",
+            "fusedopt/optimizer.py",
+            "                check_options(self.rule, group)\n",
+            "                pass\n",
+            "test_errors.py::test_option_out_of_range_is_refused_at_construction",
         ),
         (
             "two threads in one step",
@@ -835,15 +922,36 @@ MUTANTS = [
         (
             "AMP: found_inf ignored",
             "fusedopt/optimizer.py",
-            "found_inf is not None and bool(found_inf)",
+            'found_inf is not None and number("found_inf", found_inf, takes_bool=True) != 0',
             "False",
             "test_torch_contract.py::test_found_inf_changes_nothing[cpu-AdamW-third step-at the step]",
         ),
         (
+            "AMP: the scaler does not know that step unscales",
+            "fusedopt/optimizer.py",
+            "    _step_supports_amp_scaling = True\n",
+            "",
+            "test_torch_contract.py::test_float16_parameters_work_with_the_scaler[cpu-AdamW]",
+        ),
+        (
+            "AMP: first step that found_inf skips leaves states",
+            "fusedopt/optimizer.py",
+            "if plan.discard_fresh_state():",
+            "if False:",
+            "test_torch_contract.py::test_found_inf_changes_nothing[cpu-AdamW-first step-at the step]",
+        ),
+        (
+            "AMP: any element of found_inf counts",
+            "fusedopt/optimizer.py",
+            'number("found_inf", found_inf, takes_bool=True) != 0',
+            "bool(torch.as_tensor(found_inf).any())",
+            "test_errors.py::test_bad_input_gets_the_answer_of_its_row[cpu-`found_inf` of two elements]",
+        ),
+        (
             "AMP: found_inf ignored after unscale_",
             "fusedopt/optimizer.py",
-            "found_inf is not None and bool(found_inf)",
-            "grad_scale is not None and bool(found_inf)",
+            'found_inf is not None and number("found_inf"',
+            'grad_scale is not None and number("found_inf"',
             "test_torch_contract.py::test_found_inf_changes_nothing[cpu-AdamW-third step-by unscale_]",
         ),
         (
@@ -951,6 +1059,13 @@ MUTANTS = [
             "if not value >= 0:",
             "if value < 0:",
             "test_clip.py::test_bad_limit_is_refused_everywhere[cpu-nan]",
+        ),
+        (
+            "parameter in two optimizers clipped by both",
+            "fusedopt/clip.py",
+            "if owner != i:",
+            "if False:",
+            "test_clip.py::test_bad_argument_of_clip_grad_norm_is_refused[cpu-shared parameter]",
         ),
         # -- fusedopt/rules.py
         (
@@ -1060,6 +1175,21 @@ MUTANTS = [
             'name = name if name is not None else os.environ.get("FUSEDOPT_BACKEND") or "auto"',
             'name = os.environ.get("FUSEDOPT_BACKEND") or name or "auto"',
             "test_errors.py::test_backend_asked_for_overrules_the_environment",
+        ),
+        # -- docs
+        (
+            "bad input without its row",
+            "docs/bad-input.md",
+            "| clip to NaN |",
+            "| clip to a NaN |",
+            "test_errors.py::test_every_bad_input_has_one_row_and_every_row_a_case",
+        ),
+        (
+            "bad input with another answer than its row says",
+            "docs/bad-input.md",
+            "do not clip), got nan``",
+            "do not clip), got NaN``",
+            "test_errors.py::test_bad_input_gets_the_answer_of_its_row[cpu-clip to NaN]",
         ),
     ]
 ]

@@ -607,13 +607,14 @@ def test_grad_scale_is_divided_out_before_the_clip(spec, way):
     assert_close(params, plain_params, 1e-7)
 
 
+@pytest.mark.parametrize("found", [1.0, math.nan, True, torch.tensor(1.0), torch.tensor([True])], ids=str)
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "error"])
-def test_found_inf_skips_whatever_nonfinite_says(nonfinite):
+def test_found_inf_skips_whatever_nonfinite_says(nonfinite, found):
     params = make_params(SHAPES)
     optimizer = fusedopt.AdamW(params, max_grad_norm=1.0, nonfinite=nonfinite)
     with_bad_gradient(params, math.inf)
     optimizer.clip_grad_norm_(0.5)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(1.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), found
     with nothing_changes(optimizer):
         optimizer.step()
     assert optimizer.skipped_steps == 1
@@ -673,6 +674,10 @@ def spent():
     return optimizers
 
 
+def twice_the_same():
+    return [fusedopt.SGD(make_params(SHAPES))] * 2
+
+
 def shared():
     params = make_params(SHAPES)
     return [fusedopt.SGD(params[:3]), fusedopt.Lion(params[2:])]
@@ -700,6 +705,7 @@ BAD_OPTIMIZERS = {
         ValueError,
         r"clip_grad_norm_: optimizers\[1\]: .*shape \(\), float32 on cpu: also in optimizers\[0\]",
     ),
+    "one optimizer twice": (twice_the_same, 1.0, ValueError, r"optimizers\[1\]: .*: also in optimizers\[0\]"),
 }
 
 

@@ -45,6 +45,13 @@ def test_links_lead_to_files(page):
         assert ((ROOT / page).parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_a_page_names_exist(page):
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", (ROOT / page).read_text()):
+        assert f"\ndef {name}(" in tests, name
+
+
 @pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "fusedopt/optimizers").glob("[a-z]*.py")))
 def test_docstring_examples_run(module):
     result = doctest.testmod(importlib.import_module(f"fusedopt.optimizers.{module}"))

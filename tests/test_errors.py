@@ -803,6 +803,40 @@ def test_differentiable_set_later_is_refused():
         optimizer.step()
 
 
+UNSOUND_GROUPS = {
+    "a list": lambda groups: groups.append([]),
+    "None": lambda groups: groups.append(None),
+    "a tensor": lambda groups: groups.append(torch.ones(3)),
+    "None in place of the first": lambda groups: groups.__setitem__(0, None),
+    "no params": lambda groups: groups[0].pop("params"),
+    "params of None": lambda groups: groups[0].update(params=None),
+    "a tuple as params": lambda groups: groups[0].update(params=tuple(groups[0]["params"])),
+}
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first step", "third step"])
+@pytest.mark.parametrize("damage", UNSOUND_GROUPS.values(), ids=UNSOUND_GROUPS)
+def test_group_that_is_none_is_refused_by_its_index(damage, warm):
+    """By clipping too, which looks at the groups of several optimizers. The other optimizer is not touched."""
+    params, others = make_params(SHAPES), make_params(SHAPES)
+    optimizer, other = fusedopt.AdamW(params), fusedopt.AdamW(others)
+    for each, tensors in ((optimizer, params), (other, others)):
+        train(each, tensors, 2 * warm)
+        set_grads(tensors, 5)
+    sound = [*optimizer.param_groups], dict(optimizer.param_groups[0])
+    before = snapshot(optimizer)
+    damage(optimizer.param_groups)
+    clips = (lambda: optimizer.clip_grad_norm_(1.0), lambda: fusedopt.clip_grad_norm_([other, optimizer], 1.0))
+    for method, call in (("step", optimizer.step), *(("clip_grad_norm_", clip) for clip in clips)):
+        message = rf"^AdamW.{method}: param_groups\[[01]\](:| is a) .*; nothing was updated$"
+        with nothing_changes(other), pytest.raises((ValueError, TypeError), match=message):
+            call()
+    optimizer.param_groups[:] = sound[0]
+    optimizer.param_groups[0].update(sound[1])
+    assert_unchanged(before, optimizer)
+    optimizer.step()
+
+
 @only_on("cpu", "calls its table")
 def test_wrong_number_of_hyperparameters_is_refused_by_the_engine():
     params = make_params(SHAPES)
@@ -906,11 +940,16 @@ def test_scale_that_scales_nothing_is_refused(spec, scale):
         optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize.*:UserWarning")
 @every_class
 def test_frozen_parameter_may_be_anything(spec):
     """As in torch: what never has a gradient is never looked at, wherever it is and whatever it holds."""
     params, plain_params = make_params(SHAPES), make_params(SHAPES)
-    odd = [torch.nn.Parameter(torch.empty(3, device="meta")), torch.nn.Parameter(randn((4, 4)).to_sparse())]
+    odd = [
+        torch.nn.Parameter(torch.empty(3, device="meta")),
+        torch.nn.Parameter(randn((4, 4)).to_sparse()),
+        quantized(),
+    ]
     optimizer, plain = spec.make([*odd, *params]), spec.make(plain_params)
     train(optimizer, params, 2)
     train(plain, plain_params, 2)
@@ -1036,8 +1075,8 @@ def nested(*sizes):
     return torch.nested.nested_tensor([torch.ones(size) for size in sizes], layout=torch.jagged)
 
 
-def quantized():
-    return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+def quantized(shape=(3,)):
+    return torch.quantize_per_tensor(torch.ones(shape), 0.1, 0, torch.qint8)
 
 
 def adamw(**options):
@@ -1067,6 +1106,12 @@ constructed("no parameters: an empty list", lambda: fusedopt.AdamW([]))
 constructed("a generator that is used up", lambda: fusedopt.AdamW(param for param in []))
 constructed("a tensor in place of a list", lambda: fusedopt.AdamW(torch.nn.Parameter(randn((3,)))))
 constructed("something in the list that is no tensor", lambda: fusedopt.AdamW([1.0]))
+constructed("None in place of a list", lambda: fusedopt.AdamW(None))
+constructed(
+    "names for some of the parameters", lambda: fusedopt.AdamW([("weight", make_params()[0]), make_params()[0]])
+)
+constructed("a group without `params`", lambda: fusedopt.AdamW([{"lr": 0.1}]))
+bad_input("a group that is no dict")(lambda o, param: lambda: o.add_param_group([param]))
 constructed("`state_dict()` of a module in place of parameters", lambda: fusedopt.AdamW({"weight": randn((3,))}))
 constructed("a set as `params` of a group", lambda: fusedopt.AdamW([{"params": set(make_params(SHAPES))}]))
 constructed("a tensor that is no leaf", lambda: fusedopt.AdamW([torch.nn.Parameter(randn((3,))) * 2]))
@@ -1096,7 +1141,17 @@ damaged(
     lambda optimizer, param: optimizer.param_groups[1]["params"].append("head"),
     is_readable=False,
 )
+damaged("`params` of a group set later to a tuple", lambda o, param: o.param_groups[1].update(params=(param,)))
+damaged("a list put in among the groups", lambda o, param: o.param_groups.append([param]), is_readable=False)
+damaged("a tensor put in among the groups", lambda o, param: o.param_groups.append(param), is_readable=False)
 damaged("an integer parameter with a gradient", lambda o, param: integer_parameter(param))
+damaged("a quantized parameter with a gradient", lambda o, param: replace_param(o, quantized()))
+damaged("a float8 parameter set later", float8_parameter)
+damaged("a parameter of more than 64 dimensions", lambda o, param: replace_param(o, torch.ones([1] * 65)))
+damaged(
+    "a complex parameter of 64 dimensions: with its pairs there are 65",
+    lambda o, param: replace_param(o, torch.ones([1] * 64, dtype=torch.complex64)),
+)
 damaged("a sparse parameter", lambda o, param: replace_param(o, torch.eye(3).to_sparse()))
 damaged("a meta parameter", lambda o, param: replace_param(o, torch.empty(3, device="meta")))
 damaged("a nested parameter", lambda o, param: replace_param(o, nested(2, 3)), is_readable=False)
@@ -1106,6 +1161,7 @@ damaged("a parameter whose storage is freed", lost_parameter, is_readable=False)
 damaged("a gradient whose storage is freed", lost_gradient, is_readable=False)
 other_gradient("an integer gradient", lambda param: torch.ones(param.shape, dtype=torch.int64))
 other_gradient("a float8 gradient", lambda param: torch.ones(param.shape).to(torch.float8_e4m3fn))
+other_gradient("a quantized gradient", lambda param: quantized(param.shape))
 other_gradient("a float64 gradient of a float32 parameter", lambda param: torch.ones(param.shape).double())
 other_gradient("a sparse gradient", lambda param: torch.ones(param.shape).to_sparse())
 damaged("a gradient of another shape", gradient_of_another_shape)
@@ -1118,11 +1174,18 @@ state_set("a step count of NaN", "step", lambda o, param: torch.tensor(math.nan)
 state_set("a step count in words", "step", lambda o, param: "three")
 state_set("a step count for each element", "step", lambda o, param: torch.ones(2))
 damaged("`grad_scale` of zero", lambda o, param: setattr(o, "grad_scale", torch.tensor(0.0)))
+damaged("`grad_scale` of NaN", lambda o, param: setattr(o, "grad_scale", torch.tensor(math.nan)))
 damaged("`grad_scale` of two elements", lambda o, param: setattr(o, "grad_scale", torch.ones(2)))
+damaged("`found_inf` of two elements", lambda o, param: setattr(o, "found_inf", torch.zeros(2)))
+damaged("`found_inf` in words", lambda o, param: setattr(o, "found_inf", "no"))
 loaded("a checkpoint of a module", lambda checkpoint: {"weight": randn((3,))})
 bad_input("a checkpoint that is no dict")(lambda o, param: lambda: o.load_state_dict([1]))
 loaded("a checkpoint with more groups", lambda checkpoint: checkpoint["param_groups"].append({"params": []}))
 loaded("a checkpoint with more parameters", lambda checkpoint: checkpoint["param_groups"][1]["params"].append(9))
+loaded("a checkpoint with `lr` of NaN", lambda checkpoint: checkpoint["param_groups"][1].update(lr=math.nan))
+loaded(
+    "a checkpoint with a beta of NaN", lambda checkpoint: checkpoint["param_groups"][1].update(betas=(0.9, math.nan))
+)
 saved_state("a checkpoint of other shapes", exp_avg=torch.ones(2))
 saved_state("a checkpoint with integer states", exp_avg=torch.ones(13, 7, dtype=torch.int64))
 saved_state("a checkpoint with a step of NaN", step=torch.tensor(math.nan))
@@ -1147,7 +1210,7 @@ def integer_parameter(param):
 
 
 def replace_param(optimizer, tensor):
-    param = torch.nn.Parameter(tensor)
+    param = torch.nn.Parameter(tensor, requires_grad=not tensor.is_quantized)
     param.grad = tensor.detach().clone()
     optimizer.param_groups[1]["params"][0] = param
 
@@ -1164,6 +1227,20 @@ def table_of_bad_input():
     return {name: (kind, message) for name, kind, message in rows}
 
 
+@only_on("cpu", "no optimizer takes part")
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*prototype:UserWarning")
+@pytest.mark.parametrize("make", [lambda: nested(2, 3), lambda: torch.ones(5, device="meta")], ids=["nested", "meta"])
+def test_torch_itself_refuses_a_gradient_of_another_kind(make):
+    """Nor can the parameter change under a gradient that it has: so the table has no row of either."""
+    param, other = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(make())
+    with pytest.raises(RuntimeError, match="assign a gradient"):
+        param.grad = make()
+    kind = other.layout, other.device
+    with contextlib.suppress(RuntimeError):
+        other.data = torch.ones(5)
+    assert (other.layout, other.device) == kind
+
+
 def test_every_bad_input_has_one_row_and_every_row_a_case():
     page = (Path(__file__).parent.parent / "docs" / "bad-input.md").read_text()
     rows = re.findall(r"^\| (.+?) \| `", page, flags=re.M)
@@ -1171,7 +1248,7 @@ def test_every_bad_input_has_one_row_and_every_row_a_case():
     assert sorted(table_of_bad_input()) == sorted(rows), "a row that cannot be read"
 
 
-@pytest.mark.filterwarnings("ignore:.*nested tensors.*prototype:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*prototype:UserWarning", "ignore:.*quantize.*:UserWarning")
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_gets_the_answer_of_its_row(name):
     """``…`` in a row is any text."""

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import resource
-import select
 import signal
 import sys
 import threading
@@ -22,9 +21,12 @@ from helpers import (
     bits,
     clone_params,
     every_class,
+    ignores_fork_warning,
     make_params,
+    needs_fork,
     nothing_changes,
     randn,
+    run_in_fork,
     set_grads,
     snapshot,
     train,
@@ -34,8 +36,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedopt
 
 both_backends = pytest.mark.parametrize("backend", ["cpu", "reference"])
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-ignores_fork_warning = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 SHAPES = ((13, 7), (), (5, 3))
 
 
@@ -118,32 +118,6 @@ def test_load_without_memory_changes_nothing(spec):
     train(optimizer, params, 2, 2)
     train(source, source_params, 2, 2)
     assert_same_run(optimizer, source)
-
-
-def run_in_fork(body, timeout: float = 30) -> None:
-    """Runs body() in a forked child, which must end well, and in time."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.close(reader)
-            body()
-            status = 0
-        except BaseException as error:
-            os.write(2, f"in the child: {error!r}\n".encode())
-        finally:
-            os._exit(status)
-    os.close(writer)
-    try:
-        has_ended, _, _ = select.select([reader], [], [], timeout)
-        if not has_ended:
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    finally:
-        os.close(reader)
-    assert has_ended, "the child hangs"
-    assert os.waitstatus_to_exitcode(status) == 0
 
 
 @contextlib.contextmanager

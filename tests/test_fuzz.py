@@ -549,7 +549,7 @@ def options(spec: Spec) -> st.SearchStrategy:
             check_options(spec.rule, {**defaults, **drawn})
             return drawn
         except ValueError:
-            return {name: value for name, value in drawn.items() if not isinstance(value, bool)}
+            return {name: False if isinstance(value, bool) else value for name, value in drawn.items()}  # switches off
 
     return one_of_each(**axes, maximize=(False, True)).map(valid)
 

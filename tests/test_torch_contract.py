@@ -9,11 +9,8 @@ import math
 import os
 import pickle
 import re
-import select
-import signal
 import threading
 import tracemalloc
-import warnings
 import weakref
 
 import pytest
@@ -30,14 +27,18 @@ from helpers import (
     clone_params,
     every_class,
     every_twin,
+    ignores_fork_warning,
     known_to_torch,
     make_params,
+    needs_fork,
     nothing_changes,
     only_on,
     randn,
+    run_in_fork,
     set_grads,
     train,
 )
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
 from fusedopt import _C
@@ -151,6 +152,32 @@ def test_torchs_implementation_switches_are_accepted_and_kept(spec, where):
         assert_same_bits(params, plain_params)
 
 
+ITERABLES = {
+    "list": list,
+    "tuple": tuple,
+    "generator": lambda params: (param for param in params),
+    "set": set,
+    "dictionary's values": lambda params: dict(enumerate(params)).values(),
+    "ParameterList": torch.nn.ParameterList,
+    "groups": lambda params: [{"params": params[0]}, {"params": params[1:3]}, {"params": iter(params[3:])}],
+    "generator of groups": lambda params: ({"params": [param]} for param in params),
+    "named": lambda params: [(f"p{i}", param) for i, param in enumerate(params)],
+    "named groups": lambda params: [{"params": [(f"p{i}", param)]} for i, param in enumerate(params)],
+}
+
+
+@only_on("cpu", "nothing is computed")
+@pytest.mark.parametrize("form", ITERABLES)
+@every_twin
+def test_parameters_may_come_in_any_iterable(spec, form):
+    """With the groups that torch makes of it."""
+    params = make_params()
+    ours, theirs = (make(ITERABLES[form](params)).param_groups for make in (spec.make, spec.twin))
+    for group, other in zip(ours, theirs, strict=True):
+        assert [*map(id, group["params"])] == [*map(id, other["params"])]
+        assert group.get("param_names") == other.get("param_names")
+
+
 @every_class
 def test_named_parameters_are_kept_as_torch_keeps_them(spec):
     module = torch.nn.Linear(3, 5)
@@ -221,6 +248,22 @@ def test_step_hooks_run_before_and_after(spec):
 
 
 @every_class
+def test_step_hooks_of_all_optimizers_run(spec):
+    params, seen = make_params(), []
+    optimizer = spec.make(params)
+    handles = [
+        register_optimizer_step_pre_hook(lambda opt, args, kwargs: seen.append(("pre", opt is optimizer))),
+        register_optimizer_step_post_hook(lambda opt, args, kwargs: seen.append(("post", opt is optimizer))),
+    ]
+    try:
+        train(optimizer, params, 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == [("pre", True), ("post", True)]
+
+
+@every_class
 def test_pre_hook_may_change_gradients_and_options(spec):
     """The step must not have looked at either before the hook ran."""
 
@@ -271,6 +314,12 @@ def scenario(function):
 
 def params64(shapes=SHAPES, seed=0):
     return make_params(shapes, torch.float64, seed)
+
+
+def set_step_counts(optimizer, value):
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(value)
 
 
 def grads_on(params, step, present):
@@ -333,17 +382,99 @@ def weights_averaged_and_swapped_in(spec, make):
 
 
 @scenario
+def learning_rate_of_averaging(spec, make):
+    """SWALR keeps options of its own in the groups, and anneals to one of them."""
+    params = params64()
+    optimizer = make([{"params": params[:2]}, {"params": params[2:], "lr": 0.02}])
+    scheduler = torch.optim.swa_utils.SWALR(optimizer, swa_lr=[0.1, 0.3], anneal_epochs=3)
+    for step in range(5):
+        train(optimizer, params, 1, step)
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.3]
+    return optimizer
+
+
+@scenario
+def cyclic_lr_after_a_linear_one(spec, make):
+    """A scheduler handed over to by another, which also cycles what it finds of betas and momentum."""
+    params = params64()
+    optimizer = make(params)
+    schedulers = torch.optim.lr_scheduler
+    cycles = "betas" in optimizer.defaults or bool(optimizer.defaults.get("momentum"))
+    cyclic = schedulers.CyclicLR(optimizer, 0.01, 0.1, step_size_up=2, cycle_momentum=cycles)
+    scheduler = schedulers.SequentialLR(optimizer, [schedulers.LinearLR(optimizer), cyclic], milestones=[2])
+    seen = set()
+    for step in range(6):
+        train(optimizer, params, 1, step)
+        scheduler.step()
+        seen.add(optimizer.param_groups[0]["lr"])
+    assert len(seen) > 3
+    return optimizer
+
+
+@scenario
+def parameters_made_by_the_first_forward(spec, make):
+    """A lazy module's parameters are in the list, and one step is taken, before they have a shape."""
+    model = torch.nn.LazyLinear(5, dtype=torch.float64)
+    if spec.twin_name == "Adagrad":  # torch's makes its state at construction, and needs a shape
+        model(torch.ones(1, 7, dtype=torch.float64))
+    optimizer = make(model.parameters())
+    optimizer.step()
+    model(torch.ones(1, 7, dtype=torch.float64))
+    params = list(model.parameters())
+    with torch.no_grad():
+        for i, param in enumerate(params):
+            param.copy_(randn(param.shape, torch.float64, i))
+    train(optimizer, params, 3)
+    return optimizer
+
+
+@scenario
+def weights_tied_between_layers(spec, make):
+    """One parameter under two names, which `parameters()` gives once; its gradient is the sum over both uses."""
+    embedding, head = torch.nn.Embedding(11, 7, dtype=torch.float64), torch.nn.Linear(7, 11, dtype=torch.float64)
+    head.weight = embedding.weight
+    model = torch.nn.Sequential(embedding, head)
+    with torch.no_grad():
+        for i, param in enumerate(model.parameters()):
+            param.copy_(randn(param.shape, torch.float64, i))
+    optimizer = make(model.parameters())
+    assert len(optimizer.param_groups[0]["params"]) == 2
+    for step in range(4):
+        optimizer.zero_grad()
+        tokens = torch.arange(5) + step
+        torch.nn.functional.cross_entropy(model(tokens), tokens + 1).backward()
+        optimizer.step()
+    return optimizer
+
+
+@scenario
+def model_moved_to_another_memory_format(spec, make):
+    """``module.to(memory_format=…)`` gives parameters other memory and strides; their states stay as they lie."""
+    model = torch.nn.Conv2d(5, 6, 3, dtype=torch.float64)
+    params = list(model.parameters())
+    with torch.no_grad():
+        for i, param in enumerate(params):
+            param.copy_(randn(param.shape, torch.float64, i))
+    optimizer = make(params)
+    train(optimizer, params, 2)
+    before = model.weight.stride()
+    model.to(memory_format=torch.channels_last)
+    assert model.weight.stride() != before
+    train(optimizer, params, 2, 2)
+    return optimizer
+
+
+@scenario
 def step_count_that_float32_cannot_raise(spec, make):
     """From 2²⁴ on, adding 1 to a float32 changes nothing: torch's count stays there, and so does ours."""
     params = params64()
     optimizer = make(params)
     train(optimizer, params, 1)
-    for param in params:
-        if "step" in optimizer.state.get(param, {}):
-            optimizer.state[param]["step"].fill_(2.0**24 - 2)
-    train(optimizer, params, 4, 1)
-    counts = {float(optimizer.state[param].get("step", 2.0**24)) for param in params if param in optimizer.state}
-    assert counts <= {2.0**24}
+    for step, (count, later) in enumerate(((2.0**24 - 2, 2.0**24), (2.0**30, 2.0**30))):
+        set_step_counts(optimizer, count)
+        train(optimizer, params, 4, 1 + 4 * step)
+        assert {float(state.get("step", later)) for state in optimizer.state.values()} <= {later}
     return optimizer
 
 
@@ -532,19 +663,37 @@ def zero_grad_drops_tensors(spec, make):
     return optimizer
 
 
-@scenario
-def data_swapped(spec, make):
-    """After ``p.data = other`` the new memory is updated, the old one never again."""
+def run_with_memory_replaced(make, replace):
+    """The new memory of the parameters is updated, the old one never again."""
     params = params64()
     optimizer = make(params)
     train(optimizer, params, 2)
     old = [param.data for param in params]
     values = [tensor.clone() for tensor in old]
-    for param in params:
-        param.data = randn(param.shape, param.dtype, 77)
+    replace(params)
     train(optimizer, params, 2, 2)
     assert_same_bits(old, values, "abandoned memory of parameter")
     return optimizer
+
+
+@scenario
+def data_swapped(spec, make):
+    def replace(params):
+        for param in params:
+            param.data = randn(param.shape, param.dtype, 77)
+
+    return run_with_memory_replaced(make, replace)
+
+
+@scenario
+def parameters_put_into_one_vector(spec, make):
+    """Each becomes a view of a vector that belongs to all, most of them at an odd offset."""
+
+    def replace(params):
+        vector = randn((sum(param.numel() for param in params),), torch.float64, 5)
+        torch.nn.utils.vector_to_parameters(vector, params)
+
+    return run_with_memory_replaced(make, replace)
 
 
 @scenario
@@ -563,13 +712,25 @@ def state_replaced(spec, make):
 
 
 @scenario
+def state_replaced_by_views(spec, make):
+    """With gaps between their elements, the first of which is nowhere near an aligned address."""
+    params = params64()
+    optimizer = make(params)
+    train(optimizer, params, 2)
+    for state in optimizer.state.values():
+        for name, value in list(state.items()):
+            if name not in ("step", spec.rule.extra):
+                state[name] = randn((*value.shape, 3), value.dtype, 11).abs()[..., 1]
+    train(optimizer, params, 2, 2)
+    return optimizer
+
+
+@scenario
 def step_count_set_by_hand(spec, make):
     params = params64()
     optimizer = make(params)
     train(optimizer, params, 2)
-    for param in params:
-        if "step" in optimizer.state.get(param, {}):
-            optimizer.state[param]["step"].fill_(40.0)
+    set_step_counts(optimizer, 40.0)
     if spec.rule.extra:
         optimizer.state[params[1]][spec.rule.extra].fill_(0.25)  # of one only: its neighbours keep theirs
     train(optimizer, params, 2, 2)
@@ -636,8 +797,7 @@ def test_option_that_adds_a_state_may_be_switched_on_and_off(spec, kept):
 def test_parameter_listed_twice_counts_once(spec):
     params = make_params(((13, 7), (5,)))
     twice, once = clone_params(params), clone_params(params)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch: duplicate parameters in a group
+    with pytest.warns(UserWarning, match="duplicate parameters"):  # torch's
         doubled = spec.make([twice[0], twice[1], twice[0]], max_grad_norm=0.5)
     single = spec.make(once, max_grad_norm=0.5)
     train(doubled, twice, 3)
@@ -1174,8 +1334,8 @@ def test_number_of_threads_does_not_change_a_bit_of_a_float64_norm(threads):
 
 
 @only_on("cpu", "about its threads")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@needs_fork
+@ignores_fork_warning
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_forked_child_steps_as_its_parent(name, threads):
     """After the parent has used its threads; a child that waits for them would hang."""
@@ -1184,31 +1344,12 @@ def test_forked_child_steps_as_its_parent(name, threads):
     optimizer = getattr(fusedopt, name)(params, lr=0.01, weight_decay=0.125, max_grad_norm=0.5)
     train(optimizer, params, 2)
     set_grads(params, 2)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.close(reader)
-            optimizer.step()
-            digest = str(hash(tuple(bits(param) for param in params))).encode()
-            os.write(writer, digest)
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writer)
-    try:
-        is_ready, _, _ = select.select([reader], [], [], 30)
-        if not is_ready:
-            os.kill(child, signal.SIGKILL)
-        answer = os.read(reader, 100) if is_ready else b""
-        _, status = os.waitpid(child, 0)
-    finally:
-        os.close(reader)
-    assert is_ready, "the child hangs"
-    assert os.waitstatus_to_exitcode(status) == 0
-    optimizer.step()
-    assert answer.decode() == str(hash(tuple(bits(param) for param in params)))
+
+    def step():
+        optimizer.step()
+        return b"".join(bits(param) for param in params)
+
+    assert run_in_fork(step) == step()
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -1399,24 +1540,15 @@ def interrupt(*args):
 
 
 @only_on("cpu", "torch's own operations hang in a forked child that uses several threads")
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@needs_fork
+@ignores_fork_warning
 def test_child_forked_during_a_step_can_step():
     params = make_params()
     optimizer = fusedopt.AdamW(params)
     train(optimizer, params, 1)
     set_grads(params, 1)
     with optimizer._planned("step"):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                optimizer.step()
-                status = 0
-            finally:
-                os._exit(status)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+        run_in_fork(optimizer.step)
 
 
 @only_on("cpu", "its update runs without the interpreter lock")

@@ -148,7 +148,7 @@ class Bucket:
     # ---- norm and update ---------------------------------------------------------------------------------------
 
     def measure(
-        self, max_norm: float, previous: torch.Tensor | None, grad_scale: Any, dtype: torch.dtype
+        self, max_norm: float, previous: torch.Tensor | None, grad_scale: float | torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of the unscaled gradients, 0-d of ``dtype``, and the control (see kernels/engine.py) that clips it."""
         norm = torch.zeros((), dtype=dtype, device=self._device)
@@ -164,7 +164,7 @@ class Bucket:
             scalars = (
                 self._constant(max_norm, torch.float64),
                 previous,
-                self._constant(1.0 if grad_scale is None else grad_scale, torch.float32),
+                self._constant(grad_scale, torch.float32),
             )
             for table in self._tables:
                 kernels.engine.global_norm[(table.num_programs,)](
@@ -177,7 +177,7 @@ class Bucket:
         return norm, control
 
     def grad_norm(self) -> float:
-        return float(self.measure(float("inf"), None, None, torch.float64)[0])
+        return float(self.measure(float("inf"), None, 1.0, torch.float64)[0])
 
     def first_nonfinite(self) -> int:
         for i, entry in enumerate(self.entries):
@@ -190,8 +190,8 @@ class Bucket:
         scalars: Sequence[Sequence[float]],
         grad_coefs: Sequence[float],
         control: torch.Tensor | None = None,
-        grad_scale: Any = None,
-        found_inf: Any = None,
+        grad_scale: float | torch.Tensor = 1.0,
+        found_inf: float | torch.Tensor = 0.0,
         skips_nonfinite: bool = False,
         skipped: torch.Tensor | None = None,
     ) -> None:
@@ -205,8 +205,8 @@ class Bucket:
                 control = self._constants[None, torch.float64]
             step_wide = (
                 control,
-                self._constant(1.0 if grad_scale is None else grad_scale, torch.float32),
-                self._constant(0.0 if found_inf is None else found_inf, torch.float32),
+                self._constant(grad_scale, torch.float32),
+                self._constant(found_inf, torch.float32),
                 int(skips_nonfinite),
                 self._ticket if skipped is None else skipped,  # not written to if None
             )
