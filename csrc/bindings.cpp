@@ -381,12 +381,14 @@ class Bucket {
     return is_same && are_grads_same;
   }
 
-  // The gradients' addresses, int64, in the order of add(); 0 where there is none.
+  // The gradients' addresses, int64, in the order of add(); 0 where there is none, 1 for one without elements.
   py::bytes grad_addresses() const {
     std::vector<int64_t> addresses;
     addresses.reserve(table_.entries.size());
-    for (const Entry& entry : table_.entries)
-      addresses.push_back(entry.is_active ? reinterpret_cast<int64_t>(entry.operands[Entry::grad].data) : 0);
+    for (const Entry& entry : table_.entries) {
+      const int64_t address = reinterpret_cast<int64_t>(entry.operands[Entry::grad].data);
+      addresses.push_back(!entry.is_active ? 0 : entry.numel == 0 ? 1 : address);
+    }
     return py::bytes(reinterpret_cast<const char*>(addresses.data()), addresses.size() * sizeof(int64_t));
   }
 

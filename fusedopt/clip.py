@@ -80,7 +80,7 @@ class Control:
         """The same, known here; waits for the device."""
         if self.on_device is None:
             return self
-        coef, is_nonfinite = self.on_device.tolist()
+        coef, is_nonfinite = map(float, self.on_device)
         return Control(coef, is_nonfinite == 0)
 
     def on(self, device: torch.device) -> torch.Tensor | None:

@@ -6,10 +6,12 @@ plan still holds (`Plan.refresh`): the same objects, at the same addresses, with
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import is_
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -119,8 +121,9 @@ class Plan:
             ValueError, TypeError, RuntimeError: naming the parameter and the reason.
         """
         entries = self._collect(param_groups)
+        chosen = functools.cache(lambda device: backends.choose(device, backend))
         for entry in entries:
-            self._attach_state(entry, param_groups[entry.group], self._state, backend)
+            self._attach_state(entry, param_groups[entry.group], self._state, chosen)
         planned = [entry for entry in entries if not entry.is_idle]
         self._check_overlap(planned)
         is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
@@ -131,7 +134,7 @@ class Plan:
         for entry in entries:
             members.get(entry.param.device, next(iter(members.values()))).append(entry)
         for device, of_device in members.items():
-            self.buckets.append(backends.choose(device, backend).Bucket(self.rule, of_device))
+            self.buckets.append(chosen(device).Bucket(self.rule, of_device))
         # None: then every bucket is the reference's, which is good for one step.
         self._watch = _C.Watch(param_groups, self._state) if _C else None
         # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
@@ -369,7 +372,11 @@ class Plan:
         self._fail(ValueError, span.entry, f"{span.what} shares memory with {other.what}{owner}; they must lie apart")
 
     def _attach_state(
-        self, entry: Entry, group: Mapping[str, Any], state: dict[torch.Tensor, dict[str, Any]], backend: str | None
+        self,
+        entry: Entry,
+        group: Mapping[str, Any],
+        state: dict[torch.Tensor, dict[str, Any]],
+        chosen: Callable[[torch.device], ModuleType],
     ) -> None:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
         param, rule = entry.param, self.rule
@@ -385,7 +392,7 @@ class Plan:
             self._check_param(entry)
 
         # Where the backend reads and advances them.
-        device = param.device if backends.choose(param.device, backend).SCALARS_ON_DEVICE else torch.device("cpu")
+        device = param.device if chosen(param.device).SCALARS_ON_DEVICE else torch.device("cpu")
         is_new = not any(kept and known.get(kept.name) is not None for kept in stored)
         made: dict[str, torch.Tensor] = {}
         scalars = {"step": 0.0} if rule.keeps_step else {}

@@ -20,9 +20,33 @@ import triton.language as tl
 PARAM: tl.constexpr = tl.constexpr(0)
 STATE: tl.constexpr = tl.constexpr(1)
 
+CHUNK = 4096  # elements of one tensor that a program takes before it looks for more
+THREADS = 256
+PROGRAMS_PER_PROCESSOR = 8  # of the grid; more than fit at once, so that none waits for the last ones
+
 # Squares of float64 values far from 1 overflow or vanish; those of values times one of these do not.
 HUGE: tl.constexpr = tl.constexpr(2.0**540)
 TINY: tl.constexpr = tl.constexpr(2.0**-540)
+
+
+def launch_options(kernel, itemsizes, warp_size, is_nvidia):
+    """How a kernel is compiled for tensors of such elements; no autotuner, which would run it several times, in place.
+
+    Args:
+        kernel: `global_norm` or `update`.
+        itemsizes: bytes of an element of each kind of tensor that it loads.
+    """
+    options = {
+        "CHUNK": CHUNK,
+        # For each thread 4 elements; 8 where that makes 16 bytes of the narrowest tensor and registers suffice.
+        "BLOCK": THREADS * (8 if min(itemsizes) == 2 and max(itemsizes) < 8 else 4),
+        "num_warps": THREADS // warp_size,
+        # No fused multiply-add, as in the CPU engine, and whatever this version of Triton does by default.
+        "enable_fp_fusion": False,
+    }
+    if is_nvidia:  # registers a thread may use: left alone, the compiler spills some to fit more programs
+        options["maxnreg"] = 64 if kernel is global_norm or {*itemsizes} == {4} else 128
+    return options
 
 
 @triton.jit
@@ -179,9 +203,10 @@ def update(
     PREPARE: tl.constexpr, UPDATE: tl.constexpr, STORES: tl.constexpr, NUM_HYPER: tl.constexpr, HAS_EXTRA: tl.constexpr,
     PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One step of every entry that has a gradient; nothing, and, where ``counts_skip``, one more in ``skipped`` (0-d int64), if a gradient is not finite.
+    """One step of every entry that has a gradient; none, if one of them is known not to be finite.
 
-    STORES: for each state of the rule whether it is kept. States, and what is computed in, are DTYPE.
+    Then, where ``counts_skip``, there is one more in ``skipped`` (0-d int64). STORES: for each state of the rule whether it
+    is kept. States, and what is computed in, are DTYPE.
     """
     program = tl.program_id(0)
     is_skipped = (tl.load(found_inf) != 0) | ((skips_nonfinite != 0) & (tl.load(control + 1) != 0))

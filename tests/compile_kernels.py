@@ -51,25 +51,28 @@ def name_of(target, kernel, stores, param, grad):
 
 def compile_variant(variant):
     """(its name, what the compiler made of it)."""
-    import torch
     import triton
     import triton.language as tl
+    from fusedopt.kernels import engine, rules
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fusedopt.backends.triton import BLOCK, CHUNK, OPTIONS
-    from fusedopt.kernels import engine, rules
     from fusedopt.rules import RULES
 
     target, kernel, stores, param, grad = variant
     types = {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.bfloat16, "fp16": tl.float16}
     computed = "fp64" if param == "fp64" else "fp32"
-    constants = {"CHUNK": CHUNK, "BLOCK": BLOCK[torch.float64 if computed == "fp64" else torch.float32]}
+    is_cuda = target.startswith("sm_")
+    warp_size = 64 if target.startswith("gfx9") else 32
+    itemsizes = (
+        [int(grad[2:]) // 8] if kernel == "global_norm" else [int(dtype[2:]) // 8 for dtype in (param, grad, computed)]
+    )
+    function = engine.global_norm if kernel == "global_norm" else engine.update
+    options = engine.launch_options(function, itemsizes, warp_size, is_cuda)
+    constants = {name: options.pop(name) for name in ("BLOCK", "CHUNK")}
     if kernel == "global_norm":
-        function = engine.global_norm
         constants |= {"GRAD_DTYPE": types[grad], "IS_FINAL": True, "NUM_PARTIALS": 2048}
     else:
-        function = engine.update
         prepare, update = rules.RULES[kernel]
         constants |= {
             "PREPARE": prepare, "UPDATE": update, "STORES": stores, "NUM_HYPER": len(RULES[kernel].hyper),
@@ -82,11 +85,8 @@ def compile_variant(variant):
         "grad_scale": "*fp32", "found_inf": "*fp32", "norm": "*fp32", "control": "*fp64", "skipped": "*i64",
     }  # fmt: skip
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in function.arg_names}
-    is_cuda = target.startswith("sm_")
-    gpu = (
-        GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, 64 if target < "gfx10" else 32)
-    )
-    compiled = triton.compile(ASTSource(function, signature, constants), target=gpu, options=dict(OPTIONS))
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, warp_size)
+    compiled = triton.compile(ASTSource(function, signature, constants), target=gpu, options=options)
     return name_of(*variant), _cuda_facts(triton, compiled) if is_cuda else _hip_facts(compiled)
 
 
@@ -116,7 +116,7 @@ def _hip_facts(compiled):
 
     return {
         "registers": number("vgpr_count"),
-        "spilled": number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size"),
+        "spilled": number("vgpr_spill_count") + number("private_segment_fixed_size"),  # scalars spill into registers
         "wide_loads": len(re.findall(r"\b(?:global|flat|buffer)_load_(?:dwordx4|b128)", code)),
         "wide_stores": len(re.findall(r"\b(?:global|flat|buffer)_store_(?:dwordx4|b128)", code)),
     }

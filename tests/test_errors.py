@@ -745,8 +745,8 @@ def test_state_that_an_update_has_used_is_kept(on_backend, monkeypatch):
     bucket = fusedopt.backends.BACKENDS[on_backend].Bucket
     update = bucket.update
 
-    def interrupted(self, *args):
-        update(self, *args)
+    def interrupted(self, *args, **on_device):
+        update(self, *args, **on_device)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

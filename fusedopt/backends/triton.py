@@ -22,14 +22,8 @@ from fusedopt.rules import Rule
 if TYPE_CHECKING:
     from fusedopt.plan import Entry
 
-BLOCK = {torch.float32: 1024, torch.float64: 512}  # elements that a program loads at a time, by what it computes in
-CHUNK = 4096  # elements of one tensor that it takes before it looks for more
-PROGRAMS_PER_PROCESSOR = 8
-NUM_WARPS = 4
-GRAD = -1  # slot of the gradient, whose addresses are apart; others are rows of the kernels' table
-# No fused multiply-add, as in the CPU engine: bits do not depend on the version of Triton.
 SCALARS_ON_DEVICE = True  # step counts
-OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+GRAD = -1  # slot of the gradient, whose addresses are apart; others are rows of the kernels' table
 
 
 def is_interpreted() -> bool:
@@ -67,7 +61,8 @@ class Bucket:
         self.entries = list(entries)
         self.has_launched = False
         self._rule = rule
-        self._device = self.entries[0].param.device
+        # Idle parameters, which are only watched, may be elsewhere.
+        self._device = next((entry for entry in self.entries if not entry.is_idle), self.entries[0]).param.device
         self._watch = table_of(self.entries, is_host=self._device.type == "cpu") if _C else None
         self._is_used = False  # nothing watches without the extension: then good for one step
         self._stream: int | None = None
@@ -87,6 +82,8 @@ class Bucket:
     def refresh(self) -> bool:
         if self._is_used or (self._watch is not None and not self._watch.refresh(torch.get_num_threads())):
             return False
+        if not self._tables:
+            return True
         with self._on_device():
             stream = _current_stream(self._device)
             if stream != self._stream:  # what was uploaded on another stream may not have arrived
@@ -114,11 +111,11 @@ class Bucket:
             table.unstage()
 
     def _grad_addresses(self) -> bytes:
-        """int64, of the entries that are not idle; 0: no gradient."""
+        """int64, of the entries that are not idle; 0: no gradient, 1: one without elements."""
         if self._watch is not None:
             return self._watch.grad_addresses()
         grads = [entry.param.grad for entry in self.entries if not entry.is_idle]
-        return struct.pack(f"{len(grads)}q", *(0 if grad is None else grad.data_ptr() for grad in grads))
+        return struct.pack(f"{len(grads)}q", *(0 if grad is None else grad.data_ptr() or 1 for grad in grads))
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         if self._device.type == "cpu":
@@ -170,8 +167,8 @@ class Bucket:
                 kernels.engine.global_norm[(table.num_programs,)](
                     *table.norm_arguments, self._partials, first, self._partials.shape[1], self._ticket,
                     *scalars, norm, control,
-                    GRAD_DTYPE=table.types["GRAD_DTYPE"], BLOCK=table.types["BLOCK"], IS_FINAL=table is self._tables[-1],
-                    CHUNK=CHUNK, NUM_PARTIALS=1 << (self._partials.shape[1] - 1).bit_length(), **OPTIONS,
+                    GRAD_DTYPE=table.types["GRAD_DTYPE"], IS_FINAL=table is self._tables[-1],
+                    NUM_PARTIALS=1 << (self._partials.shape[1] - 1).bit_length(), **table.norm_options,
                 )  # fmt: skip
                 first += table.num_programs
         return norm, control
@@ -218,7 +215,7 @@ class Bucket:
                     *table.update_arguments(self._hyper), *step_wide, counts_skip, self._ticket,
                     PREPARE=prepare, UPDATE=rule, NUM_HYPER=len(self._rule.hyper),
                     HAS_EXTRA=self._rule.extra is not None, STORES=table.stores, **table.types,
-                    CHUNK=CHUNK, **OPTIONS,
+                    **table.update_options,
                 )  # fmt: skip
             for table in self._tables:
                 table.write_back()
@@ -250,7 +247,6 @@ class _Table:
         self._positions = torch.tensor([position for position, _ in entries])
         self._entries = [entry for _, entry in entries]
         self._numels = [as_real(entry.param.detach()).numel() for entry in self._entries]
-        self._num_chunks = sum((numel + CHUNK - 1) // CHUNK for numel in self._numels)
         self._staged: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []  # slot, entry, tensor, copy
         first = self._entries[0]
         names = {
@@ -260,10 +256,15 @@ class _Table:
         grad = param if first.param.grad is None else as_real(first.param.grad)
         self.types = {
             "PARAM_DTYPE": names[param.dtype], "GRAD_DTYPE": names[grad.dtype], "DTYPE": names[first.compute_dtype],
-            "BLOCK": BLOCK[first.compute_dtype],
         }  # fmt: skip
         self.stores = tuple(state is not None for state in first.states)
-        self.num_programs = max(min(self._num_chunks, _num_processors(param.device) * PROGRAMS_PER_PROCESSOR), 1)
+        engine, machine = _load()[0].engine, _machine(param.device)
+        itemsizes = (param.element_size(), grad.element_size(), first.compute_dtype.itemsize)
+        self.norm_options = engine.launch_options(engine.global_norm, itemsizes[1:2], *machine[1:])
+        self.update_options = engine.launch_options(engine.update, itemsizes, *machine[1:])
+        self._chunk = engine.CHUNK
+        self._num_chunks = sum(-(numel // -self._chunk) for numel in self._numels)
+        self.num_programs = max(min(self._num_chunks, machine[0] * engine.PROGRAMS_PER_PROCESSOR), 1)
 
     # ---- tensors of which not all have their elements in the same order ----------------------------------------
 
@@ -303,7 +304,7 @@ class _Table:
     def upload_chunks(self, upload: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """The tables that stay as they are."""
         numel = torch.tensor(self._numels, dtype=torch.int64)
-        counts = (numel + CHUNK - 1) // CHUNK
+        counts = (numel + self._chunk - 1) // self._chunk
         entry_of = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), counts)
         first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
         index_of = (torch.arange(len(entry_of)) - first).to(torch.int32)
@@ -337,11 +338,14 @@ class _Table:
 
 
 @functools.cache
-def _num_processors(device: torch.device) -> int:
+def _machine(device: torch.device) -> tuple[int, int, bool]:
+    """(multiprocessors, threads of a warp, whether it is NVIDIA's)."""
     if device.type == "cpu":
-        return 1
+        return 1, 32, False
     properties = getattr(torch, device.type).get_device_properties(device)
-    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+    if device.type == "cuda":
+        return properties.multi_processor_count, properties.warp_size, torch.version.hip is None
+    return properties.gpu_subslice_count, 32, False
 
 
 def _current_stream(device: torch.device) -> int:

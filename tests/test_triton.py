@@ -1,0 +1,302 @@
+"""The Triton kernels: interpreted, every rule x option x dtype against the oracle of cases.py; compiled, what the compiler made
+of every variant. The contract tests of the other files run on this backend as well.
+"""
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+import compile_kernels
+from cases import CASES, DTYPES, can_mix_dtypes, check_parity, random_grads, random_params
+from fusedopt.kernels import engine
+from helpers import make_params, randn, same_bits, set_grads
+
+import fusedopt
+from fusedopt.backends import triton as backend
+
+BLOCK = engine.launch_options(engine.update, (4, 4, 4), 32, False)["BLOCK"]
+CHUNK = engine.CHUNK
+# 0, 1, around the block and the chunk, and enough chunks that programs take several.
+SIZES = (0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + BLOCK + 3)
+SMALL_SIZES = (0, 5, BLOCK + 3, CHUNK + 9)
+
+
+def dtype_id(pair):
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in pair)
+
+
+# ---- values ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_are_the_reference_to_rounding(case):
+    """The CPU engine's bound, with a limit that bites."""
+    check_parity(case, torch.float32, torch.float32, sizes=SIZES, steps=3, max_grad_norm=25.0, backend="triton")
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[1:], ids=dtype_id)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_take_every_dtype(case, dtypes):
+    if dtypes[0] != dtypes[1] and not can_mix_dtypes():
+        pytest.skip("this torch wants gradients in the parameter's dtype")
+    check_parity(case, *dtypes, sizes=SMALL_SIZES, steps=3, backend="triton")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_step_is_the_cpu_engines_within_two_ulp(case):
+    """Both round each operation once; only powers of betas and norms are computed in another way."""
+    ours, theirs = random_params(SMALL_SIZES, torch.float32), random_params(SMALL_SIZES, torch.float32)
+    for backend_name, params in (("triton", ours), ("cpu", theirs)):
+        optimizer = case.make(params, backend=backend_name)
+        for param, grad in zip(params, random_grads(SMALL_SIZES, torch.float32, 0), strict=True):
+            param.grad = grad
+        optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        ulp = torch.nextafter(b.abs(), torch.tensor(torch.inf)) - b.abs()
+        assert ((a - b).abs() <= 2 * ulp).all()
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+@pytest.mark.parametrize("which", ["param", "grad", "exp_avg", "exp_avg_sq"])
+def test_misaligned_tensors_take_the_other_path(which, offset):
+    """To the bit: a tensor in the middle of another one starts where no 16 bytes do."""
+
+    def misaligned(tensor):
+        return torch.empty(len(tensor) + 8)[offset : offset + len(tensor)].copy_(tensor)
+
+    size, results = CHUNK + 3, []
+    for is_misaligned in (False, True):
+        param = torch.nn.Parameter(randn((size,)))
+        if is_misaligned and which == "param":
+            param.data = misaligned(param.data)
+        optimizer = fusedopt.AdamW([param], lr=0.1, backend="triton")
+        for seed in (1, 2):
+            param.grad = randn((size,), seed=seed)
+            if is_misaligned and which == "grad":
+                param.grad = misaligned(param.grad)
+            optimizer.step()
+            if is_misaligned and which in optimizer.state[param]:
+                optimizer.state[param][which] = misaligned(optimizer.state[param][which])
+        results.append([param, *optimizer.state[param].values()])
+    assert all(itertools.starmap(same_bits, zip(*results, strict=True)))
+
+
+def test_nothing_outside_a_tensor_is_written():
+    """Parameters and states that are slices: what lies around them stays."""
+    sizes = (1, BLOCK - 1, CHUNK + 1)
+    arenas = []
+
+    def sliced(values):
+        arena = torch.full((len(values) + 64,), 7.0)
+        arenas.append((arena, len(values)))
+        return arena[32 : 32 + len(values)].copy_(values)
+
+    params = [torch.nn.Parameter(sliced(randn((size,)))) for size in sizes]
+    optimizer = fusedopt.AdamW(params, amsgrad=True, backend="triton")
+    set_grads(params, 0)
+    optimizer.step()
+    for param in params:
+        state = optimizer.state[param]
+        state.update({name: sliced(value) for name, value in state.items() if value.dim()})
+    set_grads(params, 1)
+    optimizer.step()
+    for arena, size in arenas:
+        assert (arena[:32] == 7).all() and (arena[32 + size :] == 7).all()
+
+
+@pytest.mark.parametrize("value", [1e20, 1e36, 1e-30])
+def test_squares_of_float32_neither_overflow_nor_vanish(value):
+    param = torch.nn.Parameter(torch.zeros(CHUNK + 5))
+    param.grad = torch.full((CHUNK + 5,), value)
+    optimizer = fusedopt.SGD([param], lr=1.0, max_grad_norm=1.0, backend="triton")
+    optimizer.step()
+    expected = param.grad.double().norm()
+    torch.testing.assert_close(optimizer.grad_norm, expected.float(), rtol=1e-6, atol=0)
+    coef = min(1.0, 1.0 / (float(expected) + 1e-6))
+    torch.testing.assert_close(param.detach(), (-coef * param.grad.double()).float(), rtol=1e-6, atol=0)
+
+
+def test_result_does_not_depend_on_the_grid(monkeypatch):
+    """As many programs as a GPU has room for, or one: updates to the bit, the norm to the rounding of float64."""
+    results = []
+    for programs in (1, 2, 64):
+        monkeypatch.setattr(engine, "PROGRAMS_PER_PROCESSOR", programs)
+        params = make_params(((CHUNK * 3 + 1,), (5,), (BLOCK, 3)))
+        set_grads(params, 0)
+        optimizer = fusedopt.AdamW(params, backend="triton", max_grad_norm=1.0)
+        optimizer.step()
+        results.append((optimizer.grad_norm, params))
+    for norm, params in results[1:]:
+        assert norm == results[0][0]
+        assert all(map(same_bits, params, results[0][1]))
+
+
+# ---- launches, and who waits -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Counts what is launched, by kernel."""
+    counted = dict.fromkeys(("global_norm", "update"), 0)
+    for name in counted:
+        kernel = getattr(engine, name)
+
+        def count(*args, name=name, **kwargs):
+            counted[name] += 1
+
+        monkeypatch.setattr(kernel, "pre_run_hooks", [*kernel.pre_run_hooks, count])
+    return counted
+
+
+@pytest.mark.parametrize("num_tensors", [1, 300])
+def test_a_step_is_two_launches_whatever_the_number_of_tensors(num_tensors, launches):
+    params = make_params([(3,)] * num_tensors)
+    optimizer = fusedopt.AdamW(params, max_grad_norm=1.0, backend="triton")
+    for seed in range(2):
+        set_grads(params, seed)
+        optimizer.step()
+        assert launches == {"global_norm": seed + 1, "update": seed + 1}
+    optimizer.max_grad_norm = None
+    optimizer.step()
+    assert launches == {"global_norm": 2, "update": 3}
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    assert launches == {"global_norm": 3, "update": 4}
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that bring a value to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "error"])
+@pytest.mark.parametrize("clip", ["in the step", "by method", "none"])
+def test_no_step_waits_for_the_device(clip, nonfinite):
+    """But one that may have to raise an error."""
+    params = make_params(((5,), (3, 3)))
+    limit = 1.0 if clip == "in the step" else None
+    optimizer = fusedopt.AdamW(params, max_grad_norm=limit, nonfinite=nonfinite, backend="triton")
+    set_grads(params, 0)
+    optimizer.step()
+    set_grads(params, 1)
+    optimizer.param_groups[0]["lr"] = 0.1
+    with Waits() as waits:
+        if clip == "by method":
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.skipped_steps, optimizer.grad_norm  # noqa: B018  both without waiting
+    assert (waits.count > 0) == (nonfinite == "error")
+
+
+def test_the_device_decides_to_skip_and_counts():
+    """Nothing moves, step counts neither; the count is a tensor."""
+    params = make_params(((CHUNK + 1,), (3,)))
+    optimizer = fusedopt.NAdam(params, nonfinite="skip", backend="triton")
+    set_grads(params, 0)
+    optimizer.step()
+    before = [tensor.clone() for p in params for tensor in (p.detach(), *optimizer.state[p].values())]
+    for bad in (torch.nan, torch.inf):
+        set_grads(params, 1)
+        params[0].grad[-1] = bad
+        optimizer.step()
+    now = [tensor for p in params for tensor in (p.detach(), *optimizer.state[p].values())]
+    assert all(map(same_bits, before, now))
+    assert isinstance(optimizer.skipped_steps, torch.Tensor) and int(optimizer.skipped_steps) == 2
+    set_grads(params, 1)
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [2, 2] and int(optimizer.skipped_steps) == 2
+
+
+def test_tables_are_kept_until_an_address_changes(monkeypatch):
+    uploads = []
+    upload = backend.Bucket._upload
+    monkeypatch.setattr(backend.Bucket, "_upload", lambda self, values: uploads.append(values) or upload(self, values))
+    params = make_params(((5,), (3, 3)))
+    optimizer = fusedopt.AdamW(params, backend="triton", max_grad_norm=1.0)
+    set_grads(params, 0)
+    optimizer.step()
+    uploads.clear()
+    optimizer.step()
+    assert not uploads
+    params[0].grad = params[0].grad.clone()
+    optimizer.step()
+    assert [list(values) for values in uploads] == [[param.grad.data_ptr() for param in params]]
+    uploads.clear()
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert len(uploads) == 1 and uploads[0][0, 0] == 0.5
+
+
+# ---- where there is no interpreter, and no Triton ----------------------------------------------------------------
+
+
+def in_a_new_process(code, **environment):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_auto_never_picks_the_interpreter():
+    assert fusedopt.backends.explain(torch.device("cpu"))[0] == "cpu"
+
+
+def test_without_triton_all_else_works_and_says_why():
+    code = """
+import sys; sys.modules["triton"] = None
+import torch, fusedopt
+from fusedopt import backends
+param = torch.nn.Parameter(torch.ones(3)); param.grad = torch.ones(3)
+fusedopt.AdamW([param]).step()
+print(backends.explain(torch.device("cuda"))[1]["triton"])
+"""
+    assert "Triton cannot be imported" in in_a_new_process(code, TRITON_INTERPRET=None)
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled():
+    """What the compiler makes of every variant now."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_kernels", "--json"]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", compile_kernels.TARGETS)
+def test_every_variant_compiles_without_spills_and_with_wide_accesses(target):
+    facts = {name: fact for name, fact in compiled()["kernels"].items() if name.startswith(f"{target} ")}
+    assert len(facts) == len([*compile_kernels.variants([target])])
+    for name, fact in facts.items():
+        assert fact["spilled"] == 0, name
+        assert fact["wide_loads"] > 0, name
+        assert fact["wide_stores"] > 0 or "global_norm" in name, name
+
+
+def test_registers_are_those_of_the_committed_table():
+    """So that a change is seen; `python -m tests.compile_kernels --write` writes it anew."""
+    kept = json.loads(compile_kernels.TABLE.read_text())
+    now = compiled()
+    if kept["triton"] != now["triton"]:
+        pytest.skip(f"the table is of Triton {kept['triton']}, this is {now['triton']}")
+    assert now["kernels"] == kept["kernels"]
