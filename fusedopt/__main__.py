@@ -7,7 +7,7 @@ import torch
 
 import fusedopt
 from fusedopt import backends
-from fusedopt.backends import cpu, cuda
+from fusedopt.backends import cpu, cuda, triton
 from fusedopt.extension import _C
 
 
@@ -26,6 +26,7 @@ def doctor() -> None:
     print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"CPU kernels  {kernels}")
     print(f"CUDA part    {cuda.devices()[1]}")
+    print(f"Triton       {triton.unavailable() or triton.version()}")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]

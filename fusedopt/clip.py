@@ -20,7 +20,7 @@ from torch.utils.weak import TensorWeakRef
 
 from fusedopt.errors import UNCHANGED
 from fusedopt.plan import Plan, combine_norms
-from fusedopt.rules import number
+from fusedopt.rules import is_elsewhere, number
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
@@ -241,7 +241,7 @@ class Clip:
 def _checked(plan: Plan, name: str, value: Any, takes_bool: bool = False) -> float | torch.Tensor:
     """One of GradScaler's attributes: a number, or left where it is if a device has it, which nobody waits for."""
     try:
-        if not getattr(value, "is_cpu", True) and value.numel() == 1:
+        if is_elsewhere(value):
             return value
         value = number(name, value, takes_bool)
     except ValueError as error:

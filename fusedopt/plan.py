@@ -152,8 +152,20 @@ class Plan:
             len(param_groups) == len(self._options)
             and (self._watch is None or self._watch.unchanged(param_groups, state))
             and self._read_options(param_groups)
+            and self._may_be_captured(param_groups)
             and all([bucket.refresh() for bucket in self.buckets])  # noqa: C419  each must read its gradients
         )
+
+    def _may_be_captured(self, param_groups: list[dict[str, Any]]) -> bool:
+        """True; or an error, if a CUDA graph is being captured that would not do in a replay what it does now."""
+        if any(bucket.is_asynchronous and bucket.is_capturing for bucket in self.buckets):
+            for index, group in enumerate(param_groups):
+                if not group.get("capturable"):
+                    raise RuntimeError(
+                        f"{self.owner}: param_groups[{index}]: a CUDA graph is being captured, which needs "
+                        f"capturable=True; {UNCHANGED}"
+                    )
+        return True
 
     def _read_options(self, param_groups: list[dict[str, Any]]) -> bool:
         """Takes over the groups' hyperparameters, validated where they changed. False: they select other kernels."""

@@ -32,6 +32,11 @@ def number(name: str, value: Any, takes_bool: bool = False) -> float:
     raise ValueError(f"{name} must be a number, got {value!r}")
 
 
+def is_elsewhere(value: Any) -> bool:
+    """Whether it is a tensor of one element that some device has: reading it would wait for the device."""
+    return not getattr(value, "is_cpu", True) and value.numel() == 1
+
+
 def flag(name: str, value: Any) -> bool:
     """An option that is on or off."""
     if isinstance(value, int) and value in (0, 1):  # True and False too
@@ -74,8 +79,8 @@ class Rule:
         options = sorted({state.option for state in self.states if state.option and self.keeps(group, state)})
         return "_".join([self.name, *options])
 
-    def scalars(self, group: Mapping[str, Any]) -> tuple[float, ...]:
-        """A group's hyperparameters as floats, in ABI order."""
+    def scalars(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        """A group's hyperparameters as floats, in ABI order; a tensor that a device has stays what it is."""
         values = []
         for name in self.hyper:
             label, value = name, None
@@ -86,7 +91,10 @@ class Rule:
                 label, value = f"betas[{index}]", betas[index]
             else:
                 value = self.option(group, name)
-            values.append(number(label, value) if name in RANGES else float(flag(label, value)))
+            if name not in RANGES:
+                values.append(float(flag(label, value)))
+            else:
+                values.append(value if is_elsewhere(value) else number(label, value))
         return tuple(values)
 
 
@@ -216,7 +224,7 @@ RULES = {
 }
 
 
-def check_options(rule: Rule, group: Mapping[str, Any]) -> tuple[float, ...]:
+def check_options(rule: Rule, group: Mapping[str, Any]) -> tuple[Any, ...]:
     """A group's scalars in ABI order, or ValueError saying which hyperparameter is out of which range."""
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not supported; use torch.optim for it")
@@ -224,7 +232,7 @@ def check_options(rule: Rule, group: Mapping[str, Any]) -> tuple[float, ...]:
     rule.stored(group)  # the options that ask for a state
     scalars = rule.scalars(group)
     for name, value in zip(rule.hyper, scalars, strict=True):
-        if name in RANGES:
+        if name in RANGES and not is_elsewhere(value):
             _check_range(name, value, *RANGES[name], given=_given(group, name))
     for state in rule.states:
         if state.initial is not None:

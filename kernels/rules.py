@@ -1,9 +1,9 @@
 """Every update rule in Triton: the formulas of csrc/rules/*.h, in the same order and with the same names.
 
-A rule is two functions. ``prepare`` folds a group's hyperparameters (0-d float64, in the order of fusedopt/rules.py), the
-coefficient of the gradient and the step count into scalars, once for a chunk of a tensor; the update takes these, blocks
-of the parameter and the gradient, and a tuple of the rule's states (STORES: which of them are stored), and returns the new
-parameter and states. Both know values only: loading, storing and chunks are in engine.py.
+A rule is two functions, found by its name in fusedopt/rules.py. ``prepare_<rule>`` folds a group's hyperparameters (0-d
+float64, in the order of that table), the coefficient of the gradient and the step count into scalars, once for a chunk of a
+tensor; ``<rule>`` takes these, blocks of the parameter and the gradient, and a tuple of the rule's states (STORES: which of
+them are kept), and returns the new parameter and states. Both know values only: loading, storing and chunks are in engine.py.
 """
 
 import triton
@@ -258,14 +258,3 @@ def lion(scalars, param, grad, states, STORES: tl.constexpr):
     update = sign(beta1 * exp_avg + one_minus_beta1 * grad)
     exp_avg = beta2 * exp_avg + one_minus_beta2 * grad
     return decay * param - lr * update, (exp_avg,)
-
-
-# rule -> (prepare, update), under the names of fusedopt/rules.py
-RULES = {
-    "sgd": (prepare_sgd, sgd),
-    "adagrad": (prepare_adagrad, adagrad),
-    "rmsprop": (prepare_rmsprop, rmsprop),
-    "adam": (prepare_adam, adam),
-    "nadam": (prepare_nadam, nadam),
-    "lion": (prepare_lion, lion),
-}

@@ -73,7 +73,7 @@ def compile_variant(variant):
     if kernel == "global_norm":
         constants |= {"GRAD_DTYPE": types[grad], "IS_FINAL": True, "NUM_PARTIALS": 2048}
     else:
-        prepare, update = rules.RULES[kernel]
+        prepare, update = getattr(rules, f"prepare_{kernel}"), getattr(rules, kernel)
         constants |= {
             "PREPARE": prepare, "UPDATE": update, "STORES": stores, "NUM_HYPER": len(RULES[kernel].hyper),
             "HAS_EXTRA": RULES[kernel].extra is not None,

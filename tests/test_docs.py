@@ -88,7 +88,7 @@ def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
         r"^<!-- (new file|insert into) (\S+)(?: before: (.*?))? -->\n```\w+\n(.*?)^```", page, re.M | re.S
     )
     assert sum(kind == "new file" for kind, *_ in steps) == 2
-    assert len({path for kind, path, *_ in steps if kind == "insert into"}) == 5
+    assert len({path for kind, path, *_ in steps if kind == "insert into"}) == 6
     for kind, path, anchor, block in steps:
         target = copy / path
         if kind == "new file":
@@ -106,6 +106,6 @@ def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
         return result.stdout
 
     run("setup.py", "-q", "build_ext", "--inplace")
-    tests = ["tests/test_formula.py", "tests/test_parity.py", "tests/test_rooms.py", "tests/test_compiled_code.py"]
+    tests = [f"tests/test_{what}.py" for what in ("formula", "parity", "rooms", "compiled_code", "triton")]
     output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "EmaSGD or emasgd or vectorised or wall")
     assert int(re.search(r"(\d+) passed", output).group(1)) > 60

@@ -986,6 +986,7 @@ def test_lazily_negated_gradient_is_refused(warm):
     assert torch.equal(param.detach(), torch.full((5,), 1.0 - 2 * warm))
 
 
+@only_on("cpu", "it is the plan that looks for it")
 def test_overlap_is_found_among_many_woven_views_in_time():
     """Every pair of 300 columns reaches into each other."""
     pool = randn((50, 300))

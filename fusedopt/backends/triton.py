@@ -42,6 +42,13 @@ def _load() -> tuple[Any, str | None]:
     return kernels, None
 
 
+def version() -> str:
+    """That of Triton, where the kernels can be used."""
+    import triton
+
+    return f"{triton.__version__}{', interpreted (TRITON_INTERPRET=1)' if is_interpreted() else ''}"
+
+
 def unavailable() -> str | None:
     """Why the kernels cannot be used here, or None."""
     return _load()[1]
@@ -68,7 +75,7 @@ class Bucket:
         self._stream: int | None = None
         self._grads_seen: bytes | None = None
         self._hyper_seen: list[list] | None = None
-        self._constants: dict[tuple[float, torch.dtype], torch.Tensor] = {}
+        self._constants: dict[Any, torch.Tensor] = {}
         self._kept: list[torch.Tensor] = []
         tables: dict[tuple, list[tuple[int, Entry]]] = {}
         for position, entry in enumerate(entry for entry in self.entries if not entry.is_idle):
@@ -117,6 +124,11 @@ class Bucket:
         grads = [entry.param.grad for entry in self.entries if not entry.is_idle]
         return struct.pack(f"{len(grads)}q", *(0 if grad is None else grad.data_ptr() or 1 for grad in grads))
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether what is launched now goes into a CUDA graph."""
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def _on_device(self) -> contextlib.AbstractContextManager:
         if self._device.type == "cpu":
             return contextlib.nullcontext()
@@ -128,7 +140,7 @@ class Bucket:
             return values.clone()
         pinned = values.pin_memory()
         copy = pinned.to(self._device, non_blocking=True)
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self.is_capturing:
             self._kept += [pinned, copy]  # every replay of the graph copies again, and reads the copy
         return copy
 
@@ -142,25 +154,28 @@ class Bucket:
             self._constants[value, dtype] = self._upload(torch.tensor(value, dtype=dtype, device="cpu"))
         return self._constants[value, dtype]
 
+    def _unclipped(self) -> torch.Tensor:
+        """The control that changes nothing."""
+        if None not in self._constants:
+            self._constants[None] = self._upload(torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu"))
+        return self._constants[None]
+
     # ---- norm and update ---------------------------------------------------------------------------------------
 
     def measure(
         self, max_norm: float, previous: torch.Tensor | None, grad_scale: float | torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of the unscaled gradients, 0-d of ``dtype``, and the control (see kernels/engine.py) that clips it."""
-        norm = torch.zeros((), dtype=dtype, device=self._device)
-        control = torch.tensor([1.0, 0.0], dtype=torch.float64) if not self._tables else None
-        if control is not None:
-            return norm, self._upload(control)
+        if not self._tables:
+            return torch.zeros((), dtype=dtype, device=self._device), self._unclipped()
+        norm = torch.empty((), dtype=dtype, device=self._device)
         control = torch.empty(2, dtype=torch.float64, device=self._device)
         kernels = _load()[0]
         first = 0
         with self._on_device():
-            if previous is None:
-                previous = self._constant(1.0, torch.float64)
             scalars = (
                 self._constant(max_norm, torch.float64),
-                previous,
+                self._unclipped() if previous is None else previous,
                 self._constant(grad_scale, torch.float32),
             )
             for table in self._tables:
@@ -193,13 +208,13 @@ class Bucket:
         skipped: torch.Tensor | None = None,
     ) -> None:
         """One step. What gradients are multiplied with beside ``grad_coefs``, and whether, the device finds out itself."""
+        if not self._tables:
+            return
         kernels = _load()[0]
         with self._on_device():
             self._set_hyper([[*row, coef] for row, coef in zip(scalars, grad_coefs, strict=True)])
             if control is None:
-                if (None, torch.float64) not in self._constants:
-                    self._constants[None, torch.float64] = self._upload(torch.tensor([1.0, 0.0], dtype=torch.float64))
-                control = self._constants[None, torch.float64]
+                control = self._unclipped()
             step_wide = (
                 control,
                 self._constant(grad_scale, torch.float32),
@@ -207,7 +222,7 @@ class Bucket:
                 int(skips_nonfinite),
                 self._ticket if skipped is None else skipped,  # not written to if None
             )
-            prepare, rule = kernels.rules.RULES[self._rule.name]
+            prepare, rule = (getattr(kernels.rules, prefix + self._rule.name) for prefix in ("prepare_", ""))
             for table in self._tables:
                 self.has_launched = True
                 counts_skip = int(skipped is not None and table is self._tables[0])
@@ -226,7 +241,7 @@ class Bucket:
         """Hyperparameters on the device. Those that are tensors there are copied in every step: they may have changed."""
         numbers = [[0.0 if isinstance(value, torch.Tensor) else value for value in row] for row in rows]
         if numbers != self._hyper_seen:
-            self._hyper = self._upload(torch.tensor(numbers, dtype=torch.float64))
+            self._hyper = self._upload(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
             self._hyper_seen = numbers
         for row, values in enumerate(rows):
             for column, value in enumerate(values):
@@ -244,7 +259,7 @@ class _Table:
     def __init__(self, entries: list[tuple[int, Entry]]):
         import triton.language as tl
 
-        self._positions = torch.tensor([position for position, _ in entries])
+        self._positions = torch.tensor([position for position, _ in entries], device="cpu")
         self._entries = [entry for _, entry in entries]
         self._numels = [as_real(entry.param.detach()).numel() for entry in self._entries]
         self._staged: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []  # slot, entry, tensor, copy
@@ -303,19 +318,19 @@ class _Table:
 
     def upload_chunks(self, upload: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """The tables that stay as they are."""
-        numel = torch.tensor(self._numels, dtype=torch.int64)
+        numel = torch.tensor(self._numels, dtype=torch.int64, device="cpu")
         counts = (numel + self._chunk - 1) // self._chunk
-        entry_of = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), counts)
+        entry_of = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32, device="cpu"), counts)
         first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        index_of = (torch.arange(len(entry_of)) - first).to(torch.int32)
+        index_of = (torch.arange(len(entry_of), device="cpu") - first).to(torch.int32)
         self._chunks = (upload(entry_of), upload(index_of), upload(numel), self._num_chunks)
-        self._group_of = upload(torch.tensor([entry.group for entry in self._entries], dtype=torch.int32))
+        self._group_of = upload(torch.tensor([entry.group for entry in self._entries], dtype=torch.int32, device="cpu"))
 
     def upload_addresses(self, upload: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Where parameters, states and scalars lie."""
         rows = [[entry.param, *entry.states, entry.step, entry.extra] for entry in self._entries]
         addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows]
-        addresses = torch.tensor(addresses, dtype=torch.int64).t().contiguous()
+        addresses = torch.tensor(addresses, dtype=torch.int64, device="cpu").t().contiguous()
         for slot, index, _, copy in self._staged:
             if slot != GRAD:
                 addresses[slot, index] = copy.data_ptr()
