@@ -2,21 +2,26 @@
 # make test    lint and tests
 # make fuzz    N=20000 random examples a class against the reference   (SEED=1 repeats a run)
 # make bench   the CPU benchmark
+# make gpu     on a machine with a GPU: its tests and quick benchmark, reports in OUT=runs/gpu
 # make sanitize  the tests that reach the CPU engine, under the address, undefined-behaviour and thread sanitizers (Linux, GCC)
+# make kernels   what the compiler makes of every Triton kernel, for many GPUs; none need be there
 # make mutants planted bugs, each of which a test must notice   (ARGS="Lion norm" takes those whose names contain a word)
 #
-# Needs python3 >= 3.10 and a C++ compiler. Makes .venv; uses the torch that python3 already has, else installs $(TORCH).
+# Needs python3 >= 3.10 and a C++ compiler. Makes .venv; uses the torch and Triton that python3 already has, else installs
+# $(TORCH) and $(TRITON).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 ARGS ?=
+OUT ?= runs/gpu
 N ?= 20000
 SEED ?= $(shell date +%s)
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py fusedopt/_C.pyi $(shell find csrc -type f)
 
-.PHONY: train test lint fuzz mutants bench sanitize clean
+.PHONY: train test lint fuzz kernels mutants bench gpu sanitize clean
 
 train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -34,6 +39,12 @@ fuzz: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m bench cpu $(ARGS)
 
+gpu: $(VENV)/built
+	$(BIN)/python -m tests.gpu --out $(OUT) $(ARGS)
+
+kernels: $(VENV)/built
+	$(BIN)/python -m tests.compile_kernels --all $(ARGS)
+
 mutants: $(VENV)/built
 	$(BIN)/python -m tests.mutants $(ARGS)
 
@@ -44,8 +55,8 @@ sanitize: build/sanitize-address/built build/sanitize-thread/built
 	$(call sanitized,thread,tsan) tests/test_threads.py tests/test_torch_contract.py -k "$(THREAD_TESTS)" $(ARGS)
 
 # Not: those whose tensors are large; torch's and the reference backend's part; memory that grows, as freed memory is kept.
-ADDRESS_TESTS := not engine_is_the_reference and not reference_backend and not equal_torch and not planted and not memory_does_not
-THREAD_TESTS := test_threads or number_of_threads or two_threads_never_overlap
+ADDRESS_TESTS := not triton and not engine_is_the_reference and not reference_backend and not equal_torch and not planted and not memory_does_not
+THREAD_TESTS := not triton and (test_threads or number_of_threads or two_threads_never_overlap)
 # detect_leaks=0: python keeps much until it ends.
 SANITIZER_OPTIONS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	TSAN_OPTIONS="halt_on_error=1 suppressions=tests/thread_sanitizer.supp"
@@ -64,6 +75,8 @@ $(VENV)/made: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fusedopt needs Python 3.10 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv --clear $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON) \
+		|| echo "Triton cannot be installed: its tests will be skipped" >&2
 	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=3" wheel
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""``python -m bench cpu [--quick]``: times every rule against torch.optim, prints a table, writes JSON."""
+"""``python -m bench cpu|cuda [--quick]``: times every rule against torch.optim, prints a table, writes JSON."""
 
 from __future__ import annotations
 
@@ -71,9 +71,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     options = arguments(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench: torch sees no GPU here", file=sys.stderr)
+        return 2
     if options.threads:
         torch.set_num_threads(options.threads)
-    workloads = options.workloads or [name for name in WORKLOADS if not (options.quick and name == "gpt2-124m")]
+    workloads = options.workloads or [
+        name for name in WORKLOADS if not (options.quick and options.device == "cpu" and name == "gpt2-124m")
+    ]
     rounds = options.repeats or (5 if options.quick else 15)
     rows = plan(workloads, options.rules or list(RULES))
     if not rows:
@@ -83,7 +88,7 @@ def main(argv: list[str]) -> int:
     results = []
     try:
         for workload, rule, clip in track(rows, "benchmark", disable=not sys.stderr.isatty(), transient=True):
-            results.append(run(workload, RULES[rule], clip, list(PEERS[options.device]), rounds))
+            results.append(run(workload, RULES[rule], clip, list(PEERS[options.device]), rounds, options.device))
     except CheckFailed as error:
         print(f"bench: {error}; not timed", file=sys.stderr)
         return 1

@@ -74,4 +74,4 @@ def _torch(**implementation):
 OURS = Contestant("fusedopt", _ours)
 TORCH_FUSED = Contestant("torch fused", _torch(fused=True))
 TORCH_FOREACH = Contestant("torch foreach", _torch(foreach=True))
-PEERS = {"cpu": (TORCH_FUSED, TORCH_FOREACH)}
+PEERS = {"cpu": (TORCH_FUSED, TORCH_FOREACH), "cuda": (TORCH_FUSED, TORCH_FOREACH)}

@@ -46,6 +46,7 @@ ADD_ELEMENTS = 1 << 26  # 256 MB a tensor
 class Result:
     """Times of one rule on one workload; every list has one figure a round, in the order they were taken."""
 
+    device: str
     workload: str
     rule: str
     clip: bool
@@ -103,11 +104,11 @@ def keep_freed_memory() -> bool:
 
 
 @functools.lru_cache(maxsize=1)  # rows of one workload follow each other
-def make_data(shapes: tuple[tuple[int, ...], ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def make_data(shapes: tuple[tuple[int, ...], ...], device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(parameters, gradients) of a workload; nobody writes to them."""
-    generator = torch.Generator().manual_seed(0)
-    start = [0.02 * torch.randn(shape, generator=generator) for shape in shapes]
-    return start, [0.1 * torch.randn(shape, generator=generator) for shape in shapes]
+    generator = torch.Generator(device).manual_seed(0)
+    start = [0.02 * torch.randn(shape, generator=generator, device=device) for shape in shapes]
+    return start, [0.1 * torch.randn(shape, generator=generator, device=device) for shape in shapes]
 
 
 @torch.no_grad()
@@ -158,11 +159,14 @@ def largest_difference(left, right) -> float:
     return float(torch.stack([(a - b).abs().max() for a, b in zip(left, right, strict=True)]).max())
 
 
-def time_blocks(step: Callable[[], object], count: int) -> float:
-    """Milliseconds a step, over ``count`` steps in a row."""
+def time_blocks(step: Callable[[], object], count: int, device: str) -> float:
+    """Milliseconds a step, over ``count`` steps in a row, until the device has done them."""
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+    finish()
     start = time.perf_counter_ns()
     for _ in range(count):
         step()
+    finish()
     return (time.perf_counter_ns() - start) / count / 1e6
 
 
@@ -177,7 +181,13 @@ def cpu_seconds() -> tuple[float, float, float] | None:
 
 
 def run(
-    workload: str, rule: BenchRule, clip: bool, peers: list[Contestant], rounds: int, block_ms: float = 20
+    workload: str,
+    rule: BenchRule,
+    clip: bool,
+    peers: list[Contestant],
+    rounds: int,
+    device: str = "cpu",
+    block_ms: float = 20,
 ) -> Result:
     """Checks, then times ours and every peer that has the rule, in turn, ``rounds`` times.
 
@@ -189,7 +199,7 @@ def run(
     Raises:
         CheckFailed: a peer computes something else; nothing was timed.
     """
-    start, grads = make_data(tuple(WORKLOADS[workload]))
+    start, grads = make_data(tuple(WORKLOADS[workload]), device)
     params = [torch.nn.Parameter(value.clone()) for value in start]
     for param in params:
         param.grad = torch.zeros_like(param)
@@ -201,21 +211,23 @@ def run(
         raise CheckFailed(f"{workload}, {rule.name}, {'with' if clip else 'without'} clip: {error}") from None
 
     load_grads(params, grads, 1.0)
-    counts = {name: max(1, round(block_ms / time_blocks(step, 1))) for name, step in steps.items()}
+    counts = {name: max(1, round(block_ms / time_blocks(step, 1, device))) for name, step in steps.items()}
     numel = sum(param.numel() for param in params)
     times, add_gb_s = {name: [] for name in steps}, []
     if numel >= LARGE:
-        target, addend = torch.ones(ADD_ELEMENTS), torch.ones(ADD_ELEMENTS)
+        target, addend = (torch.ones(ADD_ELEMENTS, device=device) for _ in range(2))
         target.add_(addend)
     before = cpu_seconds()
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(time_blocks(step, counts[name]))
+            times[name].append(time_blocks(step, counts[name], device))
         if numel >= LARGE:
-            add_gb_s.append(12 * ADD_ELEMENTS / time_blocks(lambda: target.add_(addend), 2) / 1e6)
+            add_gb_s.append(
+                12 * ADD_ELEMENTS / time_blocks(lambda: target.add_(addend), 2 if device == "cpu" else 20, device) / 1e6
+            )
     others = None
     if before is not None:
         wall, busy, own = (end - start for start, end in zip(before, cpu_seconds(), strict=True))
         others = max(0.0, (busy - own) / wall)
     bytes_per_param = rule.bytes_per_param + (4 if clip else 0)
-    return Result(workload, rule.name, clip, len(params), numel, bytes_per_param, used, times, add_gb_s, others)
+    return Result(device, workload, rule.name, clip, len(params), numel, bytes_per_param, used, times, add_gb_s, others)

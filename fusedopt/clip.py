@@ -72,9 +72,8 @@ class Control:
 
     coef: float = 1.0
     is_finite: bool = True
-    on_device: torch.Tensor | None = (
-        None  # float64 [coef, 0 if finite else 1], in place of the two; see kernels/engine.py
-    )
+    # In place of the two: float64 [coef, 0 if finite else 1], the control of kernels/engine.py.
+    on_device: torch.Tensor | None = None
 
     def on_host(self) -> Control:
         """The same, known here; waits for the device."""

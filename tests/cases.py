@@ -74,14 +74,16 @@ CASES = [
 ]
 
 
-def random_params(sizes, dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:
-    values = _normal(sum(sizes), seed).to(dtype).split(list(sizes))
+def random_params(sizes, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> list[torch.nn.Parameter]:
+    values = _normal(sum(sizes), seed).to(dtype).to(device).split(list(sizes))
     return [torch.nn.Parameter(value.clone()) for value in values]
 
 
-def random_grads(sizes, dtype: torch.dtype, step: int, seed: int = 0) -> list[torch.Tensor]:
+def random_grads(sizes, dtype: torch.dtype, step: int, seed: int = 0, device: str = "cpu") -> list[torch.Tensor]:
     """Normal values times magnitudes from 1e-6 to 1e2, so that eps, the moments and the clip all matter somewhere."""
-    return [grad.clone() for grad in _wide(sum(sizes), seed + 1000 * (step + 1)).to(dtype).split(list(sizes))]
+    return [
+        grad.clone() for grad in _wide(sum(sizes), seed + 1000 * (step + 1)).to(dtype).to(device).split(list(sizes))
+    ]
 
 
 @functools.lru_cache(maxsize=32)
@@ -135,7 +137,7 @@ def keywords(function) -> list[str]:
 
 
 def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors]).cpu()
 
 
 def check_parity(
@@ -146,6 +148,7 @@ def check_parity(
     steps: int = 10,
     max_grad_norm: float | None = None,
     seed: int = 0,
+    device: str = "cpu",
     **optimizer_kwargs,
 ) -> float:
     """Runs an optimizer against the oracle; returns the largest part of the tolerance that was used.
@@ -157,7 +160,7 @@ def check_parity(
     Raises:
         AssertionError: an element is off by more, or a gradient was written to.
     """
-    params = random_params(sizes, param_dtype, seed)
+    params = random_params(sizes, param_dtype, seed, device)
     optimizer = case.make(params, max_grad_norm=max_grad_norm, **optimizer_kwargs)
     oracle = Oracle(case, optimizer.param_groups[0], params)
     eps = torch.finfo(torch.float64 if param_dtype == torch.float64 else torch.float32).eps
@@ -170,7 +173,7 @@ def check_parity(
     for step in range(steps):
         if is_narrow or has_l2:
             oracle.param = _flat(params)
-        grads = random_grads(sizes, grad_dtype, step, seed)
+        grads = random_grads(sizes, grad_dtype, step, seed, device)
         for param, grad in zip(params, grads, strict=True):
             set_grad(param, grad.clone())
         started_from = oracle.param

@@ -1,9 +1,13 @@
-"""Which backend works on which device, and why. A backend is a module with `unavailable()` and a `Bucket` class.
+"""Which backend works on which device, and why. A backend is a module with `unavailable()`, `supports()` and a `Bucket` class.
+
+`unavailable()` is None, or the reason why the backend cannot be used on this machine. SCALARS_ON_DEVICE: whether it keeps step
+counts where the parameters are, or in host memory.
 
 `Bucket(rule, entries)` takes the entries of one device and offers `entries`, `refresh() -> bool` (False: it no longer fits),
 `grad_norm() -> float`, `first_nonfinite() -> int` (an index into `entries`, or -1), `update(scalars, grad_coefs)` (one of each
-per group; it writes only when nothing can fail any more) and `release()`. `unavailable()` is None, or the reason why the
-backend cannot be used on this machine.
+per group; it writes only when nothing can fail any more) and `release()`. One that `is_asynchronous` can leave clipping and
+skipping to the device, so that nobody waits for it: `measure()`, more arguments of `update()`, `has_launched`, `is_capturing`
+(see triton.py).
 """
 
 from __future__ import annotations

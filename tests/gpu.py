@@ -1,0 +1,102 @@
+"""Everything that a machine with a GPU can show, in one go: the tests marked gpu, then the quick benchmark.
+
+    python -m tests.gpu [--out FOLDER] [--minutes 9]
+
+Writes FOLDER/gpu.json and FOLDER/gpu.txt anew after every stage, so that what was found is there whatever ends the run.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def machine():
+    """What was tested, and on what."""
+    import torch
+
+    def output(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        "device": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": sys.version.split()[0],
+        "commit": output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+    }
+
+
+def stages(folder):
+    """(name, command, minutes at most): the first ones must leave time for the others."""
+    python = [sys.executable, "-m"]
+    return (
+        ("tests", [*python, "pytest", "-q", "-m", "gpu", f"--junitxml={folder / 'tests.xml'}"], 5),
+        ("benchmark", [*python, "bench", "cuda", "--quick", "--out", str(folder / "bench.json")], 3),
+    )
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--minutes", type=float, default=9)
+    options = parser.parse_args(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu: torch sees no GPU here", file=sys.stderr)
+        return 2
+    folder = options.out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * options.minutes
+    report = {"machine": machine(), "stages": {}}
+    environment = {**os.environ, "FUSEDOPT_TEST_GPU": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    environment.pop("TRITON_INTERPRET", None)
+    for name, command, minutes in stages(folder):
+        log = folder / f"{name}.log"
+        began = time.monotonic()
+        left = min(60 * minutes, end - began)
+        with open(log, "w") as file:
+            try:
+                status = subprocess.run(
+                    command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=max(left, 1)
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = "no time left"
+        lines = log.read_text(errors="replace").splitlines()
+        report["stages"][name] = {
+            "status": status, "seconds": round(time.monotonic() - began, 1), "log": lines[-60:],
+        }  # fmt: skip
+        results = folder / "bench.json"
+        if name == "benchmark" and results.exists():
+            report["stages"][name]["results"] = json.loads(results.read_text())
+        (folder / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        summary = [f"{key:<11} {value}" for key, value in report["machine"].items()]
+        for stage, found in report["stages"].items():
+            summary += ["", f"== {stage}: status {found['status']}, {found['seconds']} s", *found["log"]]
+        (folder / "gpu.txt").write_text("\n".join(summary) + "\n")
+    print((folder / "gpu.txt").read_text())
+    return int(any(found["status"] != 0 for found in report["stages"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,213 @@
+"""What only a GPU can show. `make gpu` runs these; elsewhere they are skipped."""
+
+import copy
+import os
+
+import pytest
+import torch
+from cases import CASES, DTYPES, can_mix_dtypes, check_parity
+from helpers import assert_close, same_bits
+
+import fusedopt
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("FUSEDOPT_TEST_GPU" not in os.environ, reason="`make gpu` runs it, where there is a GPU"),
+]
+SIZES = (0, 1, 7, 1023, 1024, 1025, 4095, 4096, 4097, 65543, 1_000_003)
+
+
+def make_params(shapes=((1021, 33), (4099,), (), (0, 3)), dtype=torch.float32):
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator, device="cuda", dtype=dtype)) for s in shapes]
+
+
+def set_grads(params, seed):
+    """Into the tensors that are there, if there are."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    for param in params:
+        grad = torch.randn(param.shape, generator=generator, device="cuda", dtype=param.dtype)
+        if param.grad is None:
+            param.grad = grad
+        else:
+            param.grad.copy_(grad)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_are_the_reference_to_rounding(case, dtypes):
+    if dtypes[0] != dtypes[1] and not can_mix_dtypes():
+        pytest.skip("this torch wants gradients in the parameter's dtype")
+    check_parity(case, *dtypes, sizes=SIZES, max_grad_norm=25.0, device="cuda", backend="triton")
+
+
+def test_auto_picks_a_kernel():
+    assert fusedopt.backends.explain(torch.device("cuda"))[0] != "reference"
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+def test_no_step_waits_for_the_device(lr, nonfinite):
+    params = make_params()
+    optimizer = fusedopt.AdamW(params, lr=0.01, max_grad_norm=1.0, nonfinite=nonfinite)
+    if lr == "tensor":
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.01, device="cuda")
+    set_grads(params, 0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3):
+            optimizer.grad_scale, optimizer.found_inf = (torch.full((), x, device="cuda") for x in (2.0, 0.0))
+            optimizer.param_groups[0]["lr"] *= 0.5
+            optimizer.step()
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            params[0].grad = params[0].grad * (step + 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(optimizer.skipped_steps) == 0 and float(optimizer.state[params[0]]["step"]) == 6
+
+
+def test_lr_on_the_device_is_read_in_every_step():
+    params = make_params()
+    other = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    lr = torch.tensor(0.1, device="cuda")
+    optimizer, plain = fusedopt.AdamW(params, lr=lr), fusedopt.AdamW(other)
+    for step, value in enumerate((0.1, 0.05, 0.2)):
+        lr.fill_(value)
+        plain.param_groups[0]["lr"] = float(lr)
+        set_grads(params, step)
+        set_grads(other, step)
+        optimizer.step()
+        plain.step()
+    assert all(map(same_bits, [p.cpu() for p in params], [p.cpu() for p in other]))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam", "Adagrad", "RMSprop"])
+def test_run_goes_on_in_torch_and_back(name):
+    params = make_params()
+    other = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    options = {"lr": 0.01, **({"momentum": 0.9} if name == "SGD" else {})}
+    ours, theirs = getattr(fusedopt, name)(params, **options), getattr(torch.optim, name)(other, **options)
+    for first, second, a, b in ((ours, theirs, params, other), (theirs, ours, other, params)):
+        for step in range(2):
+            set_grads(a, step)
+            first.step()
+        with torch.no_grad():
+            for into, source in zip(b, a, strict=True):
+                into.copy_(source)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        for step in range(2):
+            set_grads(a, step)
+            set_grads(b, step)
+            first.step()
+            second.step()
+        assert_close([p.cpu() for p in a], [p.cpu() for p in b], 1e-5)
+
+
+def test_grad_scaler_skips_and_counts():
+    params = make_params()
+    optimizer = fusedopt.AdamW(params)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    set_grads(params, 0)
+    scaler.scale(torch.zeros((), device="cuda"))
+    params[0].grad[3, 3] = torch.inf
+    before = [param.detach().clone() for param in params]
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(map(same_bits, [p.cpu() for p in params], [p.cpu() for p in before]))
+    assert scaler.get_scale() == 512.0 and int(optimizer.skipped_steps) == 1
+
+
+def test_steps_on_a_side_stream():
+    params = make_params()
+    other = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    optimizer, plain = (fusedopt.AdamW(each, max_grad_norm=1.0) for each in (params, other))
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for step in range(6):
+        set_grads(params, step)
+        set_grads(other, step)
+        plain.step()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[step % 2]):
+            optimizer.step()
+        torch.cuda.synchronize()
+    assert all(map(same_bits, [p.cpu() for p in params], [p.cpu() for p in other]))
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------
+
+
+def captured(optimizer, params):
+    set_grads(params, 0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        optimizer.step()
+    return graph
+
+
+def test_replays_of_a_captured_step_are_steps():
+    """To the bit, with a learning rate that changes on the device."""
+    params = make_params()
+    other = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    lr = torch.tensor(0.01, device="cuda")
+    optimizer = fusedopt.AdamW(params, lr=lr, capturable=True, max_grad_norm=1.0)
+    plain = fusedopt.AdamW(other, lr=0.01, max_grad_norm=1.0)
+    graph = captured(optimizer, params)
+    set_grads(other, 0)
+    plain.step()
+    for step in range(1000):
+        lr.fill_(0.01 / (step + 1))
+        plain.param_groups[0]["lr"] = float(lr)
+        set_grads(params, step)
+        set_grads(other, step)
+        graph.replay()
+        plain.step()
+    assert all(map(same_bits, [p.cpu() for p in params], [p.cpu() for p in other]))
+    assert float(optimizer.state[params[0]]["step"]) == 1001
+
+
+def test_capture_without_capturable_is_refused():
+    params = make_params()
+    optimizer = fusedopt.AdamW(params)
+    with pytest.raises(
+        RuntimeError, match=r"param_groups\[0\]: a CUDA graph is being captured, which needs capturable"
+    ):
+        captured(optimizer, params)
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Lion", "AdamW"])
+def test_more_elements_than_32_bits_count(name):
+    size = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < size * 20:
+        pytest.skip("needs 43 GB of GPU memory")
+    whole = torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16, device="cuda"))
+    whole.grad = torch.full_like(whole, 0.5)
+    whole.grad[2**31 - 3 : 2**31 + 3] = -0.25
+    part = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16, device="cuda"))
+    part.grad = torch.tensor([0.5, -0.25, -0.25, 0.5], dtype=torch.bfloat16, device="cuda")
+    for param in (whole, part):
+        getattr(fusedopt, name)([param], lr=0.125).step()
+    for at, like in ((0, 0), (2**31 - 4, 0), (2**31 - 3, 1), (2**31 + 2, 1), (2**31 + 3, 0), (size - 1, 0)):
+        assert same_bits(whole[at].cpu(), part[like].cpu()), at
+    norm = torch.linalg.vector_norm(whole.grad, dtype=torch.float64)
+    optimizer = fusedopt.SGD([whole], lr=0.0, max_grad_norm=1.0)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.grad_norm.double(), norm, rtol=1e-6, atol=0)
+
+
+def test_a_hundred_thousand_tensors_of_one_element():
+    pool = torch.zeros(100_000, device="cuda")
+    params = [torch.nn.Parameter(element) for element in pool.unbind()]
+    for param, grad in zip(params, (1 + torch.arange(100_000.0, device="cuda")).unbind(), strict=True):
+        param.grad = grad
+    fusedopt.SGD(params, lr=1.0).step()
+    assert torch.equal(pool, -(1 + torch.arange(100_000.0, device="cuda")))
