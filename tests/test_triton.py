@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import compile_kernels
 from cases import CASES, DTYPES, can_mix_dtypes, check_parity, random_grads, random_params
 from fusedopt.kernels import engine
-from helpers import make_params, randn, same_bits, set_grads
+from helpers import make_params, nothing_changes, randn, same_bits, set_grads
 
 import fusedopt
 from fusedopt.backends import triton as backend
@@ -126,6 +126,21 @@ def test_squares_of_float32_neither_overflow_nor_vanish(value):
     torch.testing.assert_close(param.detach(), (-coef * param.grad.double()).float(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_no_infinity_is_lost_among_gradients_of_two_dtypes(dtype, value):
+    """Sums of float64 are scaled, those of float32 are not: the finite ones must not stand in for the others."""
+    params = [*make_params(((5,),), torch.float32), *make_params(((5,),), torch.float64)]
+    optimizer = fusedopt.SGD(params, lr=1.0, max_grad_norm=1.0, nonfinite="skip", backend="triton")
+    set_grads(params, 0)
+    params[1].grad.mul_(1e20)  # so that its scaled sum is not 0
+    params[dtype == torch.float64].grad[1] = value
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert int(optimizer.skipped_steps) == 1 and not optimizer.grad_norm.isfinite()
+    assert all(map(same_bits, before, [param.detach() for param in params]))
+
+
 def test_result_does_not_depend_on_the_grid(monkeypatch):
     """As many programs as a GPU has room for, or one: updates to the bit, the norm to the rounding of float64."""
     results = []
@@ -158,7 +173,7 @@ def launches(monkeypatch):
     return counted
 
 
-@pytest.mark.parametrize("num_tensors", [1, 300])
+@pytest.mark.parametrize("num_tensors", [1, 100])
 def test_a_step_is_two_launches_whatever_the_number_of_tensors(num_tensors, launches):
     params = make_params([(3,)] * num_tensors)
     optimizer = fusedopt.AdamW(params, max_grad_norm=1.0, backend="triton")
@@ -267,6 +282,53 @@ fusedopt.AdamW([param]).step()
 print(backends.explain(torch.device("cuda"))[1]["triton"])
 """
     assert "Triton cannot be imported" in in_a_new_process(code, TRITON_INTERPRET=None)
+
+
+def test_without_the_extension_each_step_plans_anew():
+    """The same bits, gradients that move and layouts that differ included."""
+    code = """
+import sys
+import torch, fusedopt
+def run():
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(7, 5).t()), torch.nn.Parameter(torch.randn(4099))]
+    optimizer = fusedopt.AdamW(params, max_grad_norm=1.0, backend="triton")
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn(param.shape)
+        optimizer.step()
+    return params, optimizer
+params, optimizer = run()
+print(fusedopt.extension._C is None, [param.sum().item() for param in params], optimizer.grad_norm.item())
+"""
+    with_extension = in_a_new_process(code, TRITON_INTERPRET="1")
+    without = in_a_new_process(f"import sys; sys.modules['fusedopt._C'] = None\n{code}", TRITON_INTERPRET="1")
+    assert without.startswith("True") and without.split()[1:] == with_extension.split()[1:]
+
+
+def test_what_a_captured_step_reads_is_kept(monkeypatch):
+    """A graph's replay reads the tables again, when the plan may be gone."""
+    monkeypatch.setattr(backend.Bucket, "is_capturing", True)
+    monkeypatch.setattr(backend, "_captured", [])
+    params = make_params(((5,),))
+    set_grads(params, 0)
+    optimizer = fusedopt.AdamW(params, capturable=True, max_grad_norm=1.0, backend="triton")
+    optimizer.step()
+    read = [argument for launch in backend._captured for argument in launch if isinstance(argument, torch.Tensor)]
+    assert len(backend._captured) == 2 and any(list(tensor.flatten()) == [params[0].grad.data_ptr()] for tensor in read)
+
+
+def test_capture_without_capturable_is_refused(monkeypatch):
+    params = make_params(((5,),))
+    optimizer = fusedopt.AdamW(params, backend="triton")
+    set_grads(params, 0)
+    optimizer.step()
+    monkeypatch.setattr(backend.Bucket, "is_capturing", True)
+    with (
+        nothing_changes(optimizer),
+        pytest.raises(RuntimeError, match=r"param_groups\[0\]: a CUDA graph is being captured, which needs capturable"),
+    ):
+        optimizer.step()
 
 
 # ---- compiled --------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fusedopt.plan import Entry
 
 SCALARS_ON_DEVICE = True  # step counts
+# What captured graphs read, for good: nobody says when a graph is gone.
+_captured: list[Any] = []
 GRAD = -1  # slot of the gradient, whose addresses are apart; others are rows of the kernels' table
 
 
@@ -76,7 +78,6 @@ class Bucket:
         self._grads_seen: bytes | None = None
         self._hyper_seen: list[list] | None = None
         self._constants: dict[Any, torch.Tensor] = {}
-        self._kept: list[torch.Tensor] = []
         tables: dict[tuple, list[tuple[int, Entry]]] = {}
         for position, entry in enumerate(entry for entry in self.entries if not entry.is_idle):
             grad = entry.param.grad
@@ -141,8 +142,13 @@ class Bucket:
         pinned = values.pin_memory()
         copy = pinned.to(self._device, non_blocking=True)
         if self.is_capturing:
-            self._kept += [pinned, copy]  # every replay of the graph copies again, and reads the copy
+            _captured.append(pinned)  # every replay of the graph copies again
         return copy
+
+    def _launch(self, kernel: Any, table: _Table, *arguments: Any, **options: Any) -> None:
+        if self.is_capturing:
+            _captured.append(arguments)  # every replay reads these tables again, whatever became of the plan
+        kernel[(table.num_programs,)](*arguments, **options)
 
     def _constant(self, value: Any, dtype: torch.dtype) -> torch.Tensor:
         """A 0-d tensor on the device: of a number, or of a tensor that is somewhere."""
@@ -179,10 +185,11 @@ class Bucket:
                 self._constant(grad_scale, torch.float32),
             )
             for table in self._tables:
-                kernels.engine.global_norm[(table.num_programs,)](
-                    *table.norm_arguments, self._partials, first, self._partials.shape[1], self._ticket,
-                    *scalars, norm, control,
-                    GRAD_DTYPE=table.types["GRAD_DTYPE"], IS_FINAL=table is self._tables[-1],
+                self._launch(
+                    kernels.engine.global_norm, table, *table.norm_arguments,
+                    self._partials, first, self._partials.shape[1], self._ticket, *scalars, norm, control,
+                    GRAD_DTYPE=table.types["GRAD_DTYPE"],
+                    IS_FINAL=table is self._tables[-1],
                     NUM_PARTIALS=1 << (self._partials.shape[1] - 1).bit_length(), **table.norm_options,
                 )  # fmt: skip
                 first += table.num_programs
@@ -226,8 +233,8 @@ class Bucket:
             for table in self._tables:
                 self.has_launched = True
                 counts_skip = int(skipped is not None and table is self._tables[0])
-                kernels.engine.update[(table.num_programs,)](
-                    *table.update_arguments(self._hyper), *step_wide, counts_skip, self._ticket,
+                self._launch(
+                    kernels.engine.update, table, *table.update_arguments(self._hyper), *step_wide, counts_skip, self._ticket,
                     PREPARE=prepare, UPDATE=rule, NUM_HYPER=len(self._rule.hyper),
                     HAS_EXTRA=self._rule.extra is not None, STORES=table.stores, **table.types,
                     **table.update_options,
