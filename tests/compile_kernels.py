@@ -20,28 +20,26 @@ from pathlib import Path
 TABLE = Path(__file__).with_name("compiled_kernels.json")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MORE_TARGETS = ("sm_86", "sm_89", "sm_120", "gfx90a", "gfx1100")
-# (parameter, gradient): all that a plan lets in; gradients of their parameter's own dtype on every target.
-DTYPES = (
-    ("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp64", "fp64"), ("fp32", "bf16"), ("fp32", "fp16"),
-    ("bf16", "fp32"), ("bf16", "fp16"), ("fp16", "fp32"), ("fp16", "bf16"), ("fp64", "fp32"), ("fp64", "bf16"),
-    ("fp64", "fp16"),
-)  # fmt: skip
+# Of a parameter and its gradient. Where they differ, one target stands for all, and usually two of the pairs.
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
+USUAL = (("fp32", "bf16"), ("bf16", "fp32"))
 
 
-def variants(targets):
+def variants(targets, is_all=False):
     """(target, kernel, stores, parameter, gradient) of every compilation."""
     from fusedopt.rules import RULES
 
-    for target in targets:
-        for param, grad in DTYPES:
-            if param != grad and target != "sm_90":
-                continue
-            if param == grad:
-                yield target, "global_norm", (), param, grad
-            for rule in RULES.values():
-                choices = [(True,) if state.option is None else (False, True) for state in rule.states]
-                for stores in itertools.product(*choices):
-                    yield target, rule.name, stores, param, grad
+    for target, param, grad in itertools.product(targets, DTYPES, DTYPES):
+        if grad == "fp64" != param:
+            continue
+        if param == grad:
+            yield target, "global_norm", (), param, grad
+        elif target != "sm_90" or not (is_all or (param, grad) in USUAL):
+            continue
+        for rule in RULES.values():
+            choices = [(True,) if state.option is None else (False, True) for state in rule.states]
+            for stores in itertools.product(*choices):
+                yield target, rule.name, stores, param, grad
 
 
 def name_of(target, kernel, stores, param, grad):
@@ -124,14 +122,14 @@ def _hip_facts(compiled):
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="for all targets")
+    parser.add_argument("--all", action="store_true", help="for all targets, every pair of dtypes")
     parser.add_argument("--write", action="store_true", help=f"keep the result as {TABLE.name}")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
     import triton
 
-    todo = [*variants((*TARGETS, *MORE_TARGETS) if options.all else TARGETS)]
+    todo = [*variants((*TARGETS, *MORE_TARGETS) if options.all else TARGETS, options.all)]
     with ProcessPoolExecutor(options.jobs) as pool:
         facts = dict(pool.map(compile_variant, todo, chunksize=4))
     result = {"triton": triton.__version__, "kernels": facts}
