@@ -60,7 +60,10 @@ def _torch(**implementation):
     def make(rule, params, clip, lr):
         if rule.twin is None or ("fused" in implementation and not rule.torch_has_fused):
             return None
-        optimizer = rule.twin(params, lr=lr, **rule.kwargs, **implementation)
+        try:
+            optimizer = rule.twin(params, lr=lr, **rule.kwargs, **implementation)
+        except RuntimeError:  # fused, not for this device in this version of torch
+            return None
 
         def clip_and_step():
             torch.nn.utils.clip_grad_norm_(params, MAX_NORM)

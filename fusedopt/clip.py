@@ -82,13 +82,11 @@ class Control:
         coef, is_nonfinite = map(float, self.on_device)
         return Control(coef, is_nonfinite == 0)
 
-    def on(self, device: torch.device) -> torch.Tensor | None:
-        """The same on a device; None if there is nothing to multiply with."""
+    def on(self, bucket: Any) -> torch.Tensor | None:
+        """The same on the device of a bucket that is asynchronous; None if there is nothing to multiply with."""
         if self.on_device is not None:
-            return self.on_device.to(device, non_blocking=True)
-        if self == Control():
-            return None
-        return torch.tensor([self.coef, float(not self.is_finite)], dtype=torch.float64, device=device)
+            return self.on_device.to(bucket.device, non_blocking=True)
+        return None if self == Control() else bucket.control(self.coef, self.is_finite)
 
 
 @dataclass(frozen=True)
@@ -181,6 +179,10 @@ class Clip:
         """
         grad_scale = _checked(plan, "grad_scale", 1.0 if grad_scale is None else grad_scale)
         found_inf = _checked(plan, "found_inf", 0.0 if found_inf is None else found_inf, takes_bool=True)
+        if self.nonfinite == "error" and plan.asynchronous is not None and plan.asynchronous.is_capturing:
+            raise RuntimeError(
+                f"{plan.owner}: nonfinite='error' waits for the device, which no CUDA graph can; {UNCHANGED}"
+            )
         # An error must be raised now, and so waits for the device.
         if plan.asynchronous is None or self.nonfinite == "error":
             coef = self._coef(plan, float(grad_scale), bool(found_inf))
@@ -220,7 +222,7 @@ class Clip:
             if self._num_skipped_on_device is not None:
                 self._num_skipped += int(self._num_skipped_on_device)
             self._num_skipped_on_device = torch.zeros((), dtype=torch.int64, device=device)
-        control = self.pending(plan).on(device)
+        control = self.pending(plan).on(plan.asynchronous)
         if self._measures:
             limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
             norm, control = plan.asynchronous.measure(limit, control, grad_scale, plan.norm_dtype)
@@ -300,7 +302,7 @@ def clip_grad_norm_(
         dtype = torch.float64 if any(plan.norm_dtype == torch.float64 for plan in plans) else torch.float32
         buckets = [plan.asynchronous for plan in plans]
         if len(plans) == 1 and buckets[0] is not None:
-            result, on_device = buckets[0].measure(limit, pending[0].on(plans[0].norm_device), 1.0, dtype)
+            result, on_device = buckets[0].measure(limit, pending[0].on(buckets[0]), 1.0, dtype)
             controls = [Control(on_device=on_device)]
         else:
             pending = [control.on_host() for control in pending]

@@ -30,7 +30,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         max_grad_norm: clip to this global 2-norm in every step; None: do not.
         nonfinite: what to do when the gradient norm is NaN or infinite: ``"propagate"`` it as torch does, ``"skip"`` the
             step (counted in `skipped_steps`), or raise an ``"error"`` that names the parameter.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``; None: the environment's FUSEDOPT_BACKEND, else ``"auto"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: the environment's FUSEDOPT_BACKEND, else
+            ``"auto"``.
     """
 
     rule: ClassVar[Rule]
@@ -128,9 +129,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             if plan is not None:
                 plan.owner = owner
             if plan is None or not plan.refresh(self.param_groups, self.state):
-                self._plan = None
+                self._plan, before = None, plan
                 plan = Plan(owner, self.rule, self.param_groups, self.state)
-                plan.make(self.param_groups, self._backend)  # apart, so that an interrupt finds the state it made
+                plan.make(self.param_groups, self._backend, before)  # apart: an interrupt finds the state it made
                 if not plan.refresh(self.param_groups, self.state):
                     raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
                 self._plan = plan

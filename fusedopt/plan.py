@@ -7,6 +7,7 @@ plan still holds (`Plan.refresh`): the same objects, at the same addresses, with
 from __future__ import annotations
 
 import functools
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 from fusedopt import backends
 from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.extension import _C
-from fusedopt.rules import Rule, check_options, flag, number
+from fusedopt.rules import Rule, check_options, flag, is_elsewhere, number
 
 MAX_DIMS = 64  # of torch's reductions and of the C++ table
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
@@ -114,13 +115,24 @@ class Plan:
         self._fresh: list[tuple[Entry, float, list[str]]] = []  # its step count then, names of the states made
         self.buckets = []
 
-    def make(self, param_groups: list[dict[str, Any]], backend: str | None) -> None:
+    def make(self, param_groups: list[dict[str, Any]], backend: str | None, before: Plan | None) -> None:
         """Checks every parameter, gradient and state, and makes the state that is missing; see `discard_fresh_state`.
+
+        Args:
+            before: the plan that this one replaces; knows the step counts that are in no state.
 
         Raises:
             ValueError, TypeError, RuntimeError: naming the parameter and the reason.
         """
         entries = self._collect(param_groups)
+        if any(entry.param.is_cuda for entry in entries) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{self.owner}: a CUDA graph is being captured, but parameters, states or options are not those of the "
+                f"last step; make a step before the capture; {UNCHANGED}"
+            )
+        self._counts = (
+            {entry.param: entry.step for bucket in before.buckets for entry in bucket.entries} if before else {}
+        )
         chosen = functools.cache(lambda device: backends.choose(device, backend))
         for entry in entries:
             self._attach_state(entry, param_groups[entry.group], self._state, chosen)
@@ -160,7 +172,7 @@ class Plan:
         """True; or an error, if a CUDA graph is being captured that would not do in a replay what it does now."""
         if any(bucket.is_asynchronous and bucket.is_capturing for bucket in self.buckets):
             for index, group in enumerate(param_groups):
-                if not group.get("capturable"):
+                if not group.get("capturable", True):  # some classes have no such option, as in torch
                     raise RuntimeError(
                         f"{self.owner}: param_groups[{index}]: a CUDA graph is being captured, which needs "
                         f"capturable=True; {UNCHANGED}"
@@ -179,7 +191,7 @@ class Plan:
                 raise TypeError(f"{self.owner}: param_groups[{index}] is a {kind}, not a dict; {UNCHANGED}")
             try:
                 options = (self.rule.scalars(group), flag("maximize", group["maximize"]), self.rule.variant(group))
-                if options == known[index] and not group.get("differentiable"):
+                if _are_same(options, known[index]) and not group.get("differentiable"):
                     continue
                 check_options(self.rule, group)
             except (ValueError, TypeError, KeyError) as error:
@@ -249,7 +261,8 @@ class Plan:
         """Whether an update has advanced an entry beyond that step count; without waiting for a device."""
         if entry.step.is_cpu:
             return float(entry.step) != step
-        return any(bucket.has_launched for bucket in self.buckets if bucket.is_asynchronous)
+        device = entry.param.device
+        return any(bucket.has_launched for bucket in self.buckets if bucket.is_asynchronous and bucket.device == device)
 
     # ---- making it ---------------------------------------------------------------------------------------------
 
@@ -416,12 +429,12 @@ class Plan:
             value = known.get(name)
             if isinstance(value, torch.Tensor):
                 self._check_plain(entry, value, f"state {name!r}")
-            if value is not None and getattr(value, "is_cpu", True):  # else it would have to wait for the device
+            if value is not None and not is_elsewhere(value):  # else it would have to wait for the device
                 try:
                     count = number(f"state {name!r}", value)
                 except ValueError as error:
                     self._fail(ValueError, entry, str(error))
-                if not count >= 0:
+                if not 0 <= count < math.inf:
                     self._fail(ValueError, entry, f"state {name!r} is {count}")
             if not _is_scalar_of(value, dtype, device):
                 made[name] = _scalar(initial if value is None else value, dtype, device)
@@ -439,6 +452,8 @@ class Plan:
             entry.states[i] = value
         # A rule without a step of its own still has to know its first one.
         own_step = _scalar(0.0 if is_new else 1.0, torch.float32, device)
+        if not is_new and self._counts.get(param) is not None:  # the first step may have been skipped by the device
+            own_step = self._counts[param]
         entry.step = {**known, **made}["step"] if rule.keeps_step else own_step
         if made:
             self._fresh.append(
@@ -481,6 +496,13 @@ def combine_norms(norms: list[float]) -> float:
     if not 0 < largest < float("inf"):
         return sum(norms)  # 0, inf or NaN
     return largest * sum((norm / largest) ** 2 for norm in norms) ** 0.5
+
+
+def _are_same(options: tuple, known: tuple | None) -> bool:
+    """Whether two readings of a group agree; a tensor that a device has only if it is the same object."""
+    if known is None or options[1:] != known[1:]:
+        return False
+    return all(a is b or (type(a) is type(b) is float and a == b) for a, b in zip(options[0], known[0], strict=True))
 
 
 def _seen(group: dict[str, Any]) -> tuple[list, list] | None:

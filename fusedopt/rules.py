@@ -68,6 +68,8 @@ class Rule:
         if state.option is None:
             return True
         value = self.option(group, state.option)
+        if is_elsewhere(value):
+            return True  # whatever it is now
         return number(state.option, value) != 0 if state.option in RANGES else flag(state.option, value)
 
     def stored(self, group: Mapping[str, Any]) -> tuple[State | None, ...]:

@@ -84,7 +84,8 @@ def compile_variant(variant):
     }  # fmt: skip
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in function.arg_names}
     gpu = GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, warp_size)
-    compiled = triton.compile(ASTSource(function, signature, constants), target=gpu, options=options)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in pointers}
+    compiled = triton.compile(ASTSource(function, signature, constants, aligned), target=gpu, options=options)
     return name_of(*variant), _cuda_facts(triton, compiled) if is_cuda else _hip_facts(compiled)
 
 

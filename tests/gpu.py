@@ -9,6 +9,7 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def stages(folder):
     """(name, command, minutes at most): the first ones must leave time for the others."""
     python = [sys.executable, "-m"]
     return (
-        ("tests", [*python, "pytest", "-q", "-m", "gpu", f"--junitxml={folder / 'tests.xml'}"], 5),
+        ("tests", [*python, "pytest", "-q", "-m", "gpu", "--tb=short", f"--junitxml={folder / 'tests.xml'}"], 5),
         ("benchmark", [*python, "bench", "cuda", "--quick", "--out", str(folder / "bench.json")], 3),
     )
 
@@ -76,12 +77,16 @@ def main(arguments):
         began = time.monotonic()
         left = min(60 * minutes, end - began)
         with open(log, "w") as file:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
             try:
-                status = subprocess.run(
-                    command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=max(left, 1)
-                ).returncode
+                status = process.wait(max(left, 1))
             except subprocess.TimeoutExpired:
                 status = "no time left"
+                process.send_signal(signal.SIGINT)  # pytest then writes what it found
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
         lines = log.read_text(errors="replace").splitlines()
         report["stages"][name] = {
             "status": status, "seconds": round(time.monotonic() - began, 1), "log": lines[-60:],

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -255,6 +256,131 @@ def test_tables_are_kept_until_an_address_changes(monkeypatch):
     optimizer.param_groups[0]["lr"] = 0.5
     optimizer.step()
     assert len(uploads) == 1 and uploads[0][0, 0] == 0.5
+
+
+# ---- what only a device does, played ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Tensors of one element count as a device's, which no step may read."""
+
+    def is_elsewhere(value):
+        return isinstance(value, torch.Tensor) and value.numel() == 1
+
+    for module in (fusedopt.rules, fusedopt.clip):
+        monkeypatch.setattr(module, "is_elsewhere", is_elsewhere)
+
+
+def test_hyperparameters_of_the_device_are_read_there(elsewhere):
+    """Also one that adds a state, and one that becomes another tensor."""
+    params, other = make_params(((5,), (3, 3))), make_params(((5,), (3, 3)))
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    options = {"weight_decay": 0.125}
+    optimizer = fusedopt.SGD(
+        params, lr=lr, momentum=torch.tensor(0.5, dtype=torch.float64), backend="triton", **options
+    )
+    plain = fusedopt.SGD(other, lr=0.1, momentum=0.5, backend="cpu", **options)
+    for step, value in enumerate((0.1, 0.3, 0.7, 0.2)):
+        lr.fill_(value)
+        plain.param_groups[0]["lr"] = value
+        set_grads(params, step)
+        set_grads(other, step)
+        with Waits() as waits:
+            if step == 2:
+                lr = optimizer.param_groups[0]["lr"] = lr.clone()
+            optimizer.step()
+        assert step == 0 or waits.count == 0
+        plain.step()
+    assert all(map(same_bits, params, other))
+
+
+@pytest.mark.parametrize("scale, found", [(1024.0, 0.0), (4.0, 1.0)])
+def test_scaler_of_the_device_is_read_there(elsewhere, scale, found):
+    params, other = make_params(((5,), (3, 3))), make_params(((5,), (3, 3)))
+    optimizer, plain = (
+        fusedopt.AdamW(p, max_grad_norm=1.0, backend=b) for p, b in ((params, "triton"), (other, "cpu"))
+    )
+    for step in range(3):
+        set_grads(params, step)
+        set_grads(other, step)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(found * (step != 1))
+        plain.grad_scale, plain.found_inf = scale, found * (step != 1)
+        with Waits() as waits:
+            optimizer.step()
+        assert step < 2 or waits.count == 0  # a first step that is skipped leaves no plan
+        plain.step()
+    assert all(map(same_bits, params, other)) and int(optimizer.skipped_steps) == plain.skipped_steps == 2 * found
+
+
+def test_what_a_capture_uploads_is_not_there_afterwards(monkeypatch):
+    """It arrives when the graph is replayed; an eager step, and the next capture, upload their own."""
+    upload, launch, capturing = backend.Bucket._upload, backend.Bucket._launch, False
+    monkeypatch.setattr(backend.Bucket, "is_capturing", property(lambda self: capturing))
+
+    def recorded(self, values):
+        return torch.zeros_like(upload(self, values)) if capturing else upload(self, values)
+
+    monkeypatch.setattr(backend.Bucket, "_upload", recorded)
+    monkeypatch.setattr(backend.Bucket, "_launch", lambda *args, **kw: None if capturing else launch(*args, **kw))
+    params, other = make_params(((5,), (3, 3))), make_params(((5,), (3, 3)))
+    optimizer = fusedopt.AdamW(params, capturable=True, max_grad_norm=1.0, backend="triton")
+    plain = fusedopt.AdamW(other, max_grad_norm=1.0, backend="cpu")
+    for step in range(4):
+        set_grads(params, step)
+        set_grads(other, step)
+        optimizer.param_groups[0]["lr"] = plain.param_groups[0]["lr"] = 0.1 / (step + 1)
+        capturing = step % 2 == 1
+        optimizer.step()
+        if not capturing:
+            plain.step()
+    assert all(map(same_bits, params, other))
+
+
+def test_interrupt_between_two_launches_comes_when_all_are_made(monkeypatch):
+    params, other = ([*make_params(((5,),)), *make_params(((5,),), torch.float64)] for _ in range(2))
+    optimizer, plain = fusedopt.AdamW(params, backend="triton"), fusedopt.AdamW(other, backend="cpu")
+    launch = backend.Bucket._launch
+
+    def interrupted(*args, **kwargs):
+        launch(*args, **kwargs)
+        signal.raise_signal(signal.SIGINT)
+
+    for each in (params, other):
+        set_grads(each, 0)
+    plain.step()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(backend.Bucket, "_launch", interrupted)
+        optimizer.step()
+    assert all(map(same_bits, params, other))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_kernel_that_does_not_compile_changes_nothing(monkeypatch):
+    params = make_params(((5,), (3, 3)))
+    optimizer = fusedopt.AdamW(params, backend="triton")
+    set_grads(params, 0)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    with monkeypatch.context() as patch, nothing_changes(optimizer), pytest.raises(RuntimeError, match="no compiler"):
+        patch.setattr(engine.update, "warmup", fails, raising=False)
+        optimizer.step()
+    optimizer.step()
+
+
+def test_first_step_that_the_device_skips_does_not_count(monkeypatch):
+    """SGD starts its buffer at the first gradient, undamped, also if a new plan is made after the skipped step."""
+    param, later = make_params(((5,), (3,)))
+    optimizer = fusedopt.SGD([param], lr=1.0, momentum=0.9, dampening=0.5, nonfinite="skip", backend="triton")
+    monkeypatch.setattr(fusedopt.plan.Plan, "_is_used", lambda self, entry, step: True)  # as for a device's step count
+    param.grad = torch.full((5,), torch.nan)
+    optimizer.step()
+    optimizer.add_param_group({"params": [later]})
+    set_grads([param, later], 0)
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["momentum_buffer"], param.grad)
 
 
 # ---- where there is no interpreter, and no Triton ----------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""The Triton kernels (kernels/, installed as fusedopt.kernels): tensors on a GPU, two launches a step, no waiting for it.
+"""The Triton kernels (kernels/, installed as fusedopt.kernels): tensors on a GPU, and no waiting for it.
+
+A step is one launch for the norm, if that is asked for, and one for the update, for each combination of dtypes and kept states.
 
 With TRITON_INTERPRET=1 they run on tensors in host memory instead, in Triton's interpreter: slow, and how they are tested.
 """
@@ -8,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
+import signal
 import struct
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +27,8 @@ from fusedopt.rules import Rule
 if TYPE_CHECKING:
     from fusedopt.plan import Entry
 
-SCALARS_ON_DEVICE = True  # step counts
+SCALARS_ON_DEVICE = True
+OLDEST = (3, 6)  # version of Triton: the kernels pass tuples
 # What captured graphs read, for good: nobody says when a graph is gone.
 _captured: list[Any] = []
 GRAD = -1  # slot of the gradient, whose addresses are apart; others are rows of the kernels' table
@@ -37,6 +43,11 @@ def is_interpreted() -> bool:
 def _load() -> tuple[Any, str | None]:
     """(the kernels, None), or (None, the reason why there are none)."""
     try:
+        import triton
+
+        found = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:2])
+        if found < OLDEST:
+            return None, f"Triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
         from fusedopt import kernels
         from fusedopt.kernels import engine, rules  # noqa: F401
     except Exception as error:  # whatever it is, other backends must go on
@@ -58,7 +69,7 @@ def unavailable() -> str | None:
 
 def supports(device: torch.device, is_asked_for: bool = False) -> bool:
     """Whether they take tensors of that device; in the interpreter only for who asks for it."""
-    return is_asked_for and device.type == "cpu" if is_interpreted() else device.type in ("cuda", "xpu")
+    return is_asked_for and device.type == "cpu" if is_interpreted() else device.type == "cuda"
 
 
 class Bucket:
@@ -71,9 +82,10 @@ class Bucket:
         self.has_launched = False
         self._rule = rule
         # Idle parameters, which are only watched, may be elsewhere.
-        self._device = next((entry for entry in self.entries if not entry.is_idle), self.entries[0]).param.device
-        self._watch = table_of(self.entries, is_host=self._device.type == "cpu") if _C else None
+        self.device = next((entry for entry in self.entries if not entry.is_idle), self.entries[0]).param.device
+        self._watch = table_of(self.entries, is_host=self.device.type == "cpu") if _C else None
         self._is_used = False  # nothing watches without the extension: then good for one step
+        self._is_captured = False  # what was uploaded is there only when a graph is replayed
         self._stream: int | None = None
         self._grads_seen: bytes | None = None
         self._hyper_seen: list[list] | None = None
@@ -93,14 +105,14 @@ class Bucket:
         if not self._tables:
             return True
         with self._on_device():
-            stream = _current_stream(self._device)
+            stream = _current_stream(self.device)
             if stream != self._stream:  # what was uploaded on another stream may not have arrived
                 self._stream, self._grads_seen, self._hyper_seen, self._constants = stream, None, None, {}
                 for table in self._tables:
                     table.upload_chunks(self._upload)
                 programs = max(sum(table.num_programs for table in self._tables), 1)
-                self._partials = torch.zeros((3, programs), dtype=torch.float64, device=self._device)
-                self._ticket = torch.zeros((), dtype=torch.int32, device=self._device)
+                self._partials = torch.zeros((3, programs), dtype=torch.float64, device=self.device)
+                self._ticket = torch.zeros((), dtype=torch.int32, device=self.device)
                 for table in self._tables:
                     table.upload_addresses(self._upload)
             addresses = self._grad_addresses()
@@ -113,6 +125,8 @@ class Bucket:
 
     def release(self) -> None:
         self._is_used = self._watch is None
+        if self._is_captured:
+            self._stream, self._is_captured = None, False
         if self._watch is not None:
             self._watch.release()
         for table in self._tables:
@@ -128,21 +142,23 @@ class Bucket:
     @property
     def is_capturing(self) -> bool:
         """Whether what is launched now goes into a CUDA graph."""
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        with self._on_device():
+            return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _on_device(self) -> contextlib.AbstractContextManager:
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return contextlib.nullcontext()
-        return getattr(torch, self._device.type).device(self._device)
+        return torch.cuda.device(self.device)
 
     def _upload(self, values: torch.Tensor) -> torch.Tensor:
         """A copy on the device, without waiting for it. New memory each time, as a kernel may still read the old."""
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return values.clone()
         pinned = values.pin_memory()
-        copy = pinned.to(self._device, non_blocking=True)
+        copy = pinned.to(self.device, non_blocking=True)
         if self.is_capturing:
             _captured.append(pinned)  # every replay of the graph copies again
+            self._is_captured = True
         return copy
 
     def _launch(self, kernel: Any, table: _Table, *arguments: Any, **options: Any) -> None:
@@ -153,7 +169,7 @@ class Bucket:
     def _constant(self, value: Any, dtype: torch.dtype) -> torch.Tensor:
         """A 0-d tensor on the device: of a number, or of a tensor that is somewhere."""
         if isinstance(value, torch.Tensor):
-            return value.detach().to(device=self._device, dtype=dtype, non_blocking=True).reshape(())
+            return value.detach().to(device=self.device, dtype=dtype, non_blocking=True).reshape(())
         if (value, dtype) not in self._constants:
             if len(self._constants) > 16:
                 self._constants.clear()
@@ -163,8 +179,12 @@ class Bucket:
     def _unclipped(self) -> torch.Tensor:
         """The control that changes nothing."""
         if None not in self._constants:
-            self._constants[None] = self._upload(torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu"))
+            self._constants[None] = self.control(1.0, True)
         return self._constants[None]
+
+    def control(self, coef: float, is_finite: bool) -> torch.Tensor:
+        """What gradients are multiplied with, and whether their norm is finite, on the device (kernels/engine.py)."""
+        return self._upload(torch.tensor([coef, float(not is_finite)], dtype=torch.float64, device="cpu"))
 
     # ---- norm and update ---------------------------------------------------------------------------------------
 
@@ -173,9 +193,9 @@ class Bucket:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of the unscaled gradients, 0-d of ``dtype``, and the control (see kernels/engine.py) that clips it."""
         if not self._tables:
-            return torch.zeros((), dtype=dtype, device=self._device), self._unclipped()
-        norm = torch.empty((), dtype=dtype, device=self._device)
-        control = torch.empty(2, dtype=torch.float64, device=self._device)
+            return torch.zeros((), dtype=dtype, device=self.device), self._unclipped()
+        norm = torch.empty((), dtype=dtype, device=self.device)
+        control = torch.empty(2, dtype=torch.float64, device=self.device)
         kernels = _load()[0]
         first = 0
         with self._on_device():
@@ -227,20 +247,26 @@ class Bucket:
                 self._constant(grad_scale, torch.float32),
                 self._constant(found_inf, torch.float32),
                 int(skips_nonfinite),
-                self._ticket if skipped is None else skipped,  # not written to if None
+                self._constant(0, torch.int64) if skipped is None else skipped,  # not written to if None
             )
             prepare, rule = (getattr(kernels.rules, prefix + self._rule.name) for prefix in ("prepare_", ""))
+            launches = []
             for table in self._tables:
-                self.has_launched = True
                 counts_skip = int(skipped is not None and table is self._tables[0])
-                self._launch(
-                    kernels.engine.update, table, *table.update_arguments(self._hyper), *step_wide, counts_skip, self._ticket,
-                    PREPARE=prepare, UPDATE=rule, NUM_HYPER=len(self._rule.hyper),
-                    HAS_EXTRA=self._rule.extra is not None, STORES=table.stores, **table.types,
-                    **table.update_options,
+                arguments = (*table.update_arguments(self._hyper), *step_wide, counts_skip, self._ticket)
+                options = dict(
+                    PREPARE=prepare, UPDATE=rule, NUM_HYPER=len(self._rule.hyper), HAS_EXTRA=self._rule.extra is not None,
+                    STORES=table.stores, **table.types, **table.update_options,
                 )  # fmt: skip
-            for table in self._tables:
-                table.write_back()
+                if not self.has_launched:  # compiles, which can fail, before anything is written
+                    kernels.engine.update.warmup(*arguments, grid=(table.num_programs,), **options)
+                launches.append((table, arguments, options))
+            with _uninterrupted():
+                for table, arguments, options in launches:
+                    self._launch(kernels.engine.update, table, *arguments, **options)
+                    self.has_launched = True
+                for table in self._tables:
+                    table.write_back()
         # Autograd must notice that a tensor it saved has changed.
         torch.autograd.graph.increment_version([e.param for e in self.entries if e.param.grad is not None])
 
@@ -359,17 +385,32 @@ class _Table:
         return (self._grads, *self._chunks, self._addresses, self._group_of, hyper, len(self._entries))
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of it: a step of several launches is done or not done."""
+    known = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or known is None:
+        yield
+        return
+    came = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, known)
+    if came:
+        signal.raise_signal(signal.SIGINT)
+
+
 @functools.cache
 def _machine(device: torch.device) -> tuple[int, int, bool]:
     """(multiprocessors, threads of a warp, whether it is NVIDIA's)."""
     if device.type == "cpu":
         return 1, 32, False
-    properties = getattr(torch, device.type).get_device_properties(device)
-    if device.type == "cuda":
-        return properties.multi_processor_count, properties.warp_size, torch.version.hip is None
-    return properties.gpu_subslice_count, 32, False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.warp_size, torch.version.hip is None
 
 
 def _current_stream(device: torch.device) -> int:
     """What identifies the stream that work on a device goes to now."""
-    return 0 if device.type == "cpu" else getattr(torch, device.type).current_stream(device).stream_id
+    return 0 if device.type == "cpu" else torch.cuda.current_stream(device).stream_id

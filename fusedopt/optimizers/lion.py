@@ -26,10 +26,11 @@ class Lion(FusedOptimizer):
         betas: β₁ (what the sign is taken of) and β₂ (what is kept), each in [0, 1).
         weight_decay: λ, >= 0, decoupled.
         maximize: ascend instead of descend.
-        foreach, capturable, fused: accepted and ignored: they choose among torch's implementations.
+        foreach, fused: accepted and ignored: they choose among torch's implementations.
+        capturable: whether a step may be captured in a CUDA graph.
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
     State: ``exp_avg`` m (shape of the parameter, float32, or float64 for float64).
 

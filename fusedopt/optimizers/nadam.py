@@ -31,10 +31,11 @@ class NAdam(FusedOptimizer):
         momentum_decay: ψ, >= 0.
         decoupled_weight_decay: weight decay as in AdamW.
         maximize: ascend instead of descend.
-        foreach, capturable: accepted and ignored: they choose among torch's implementations.
+        foreach: accepted and ignored: it chooses among torch's implementations.
+        capturable: whether a step may be captured in a CUDA graph.
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
     State: ``step`` (0-d float32), ``mu_product`` Π (0-d), ``exp_avg`` m, ``exp_avg_sq`` v (shape of the parameter); Π, m
     and v are float32, or float64 for float64.

@@ -35,10 +35,11 @@ class RMSprop(FusedOptimizer):
         centered: divide by the standard deviation instead of the root mean square.
         eps_inside_sqrt: √(v + ε) instead of √v + ε, as TensorFlow does.
         maximize: ascend instead of descend.
-        foreach, capturable: accepted and ignored: they choose among torch's implementations.
+        foreach: accepted and ignored: it chooses among torch's implementations.
+        capturable: whether a step may be captured in a CUDA graph.
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
     State: ``step`` (0-d float32), ``square_avg``, with centered ``grad_avg``, with momentum ``momentum_buffer`` (shape of
     the parameter, float32, or float64 for float64).
