@@ -1265,8 +1265,11 @@ MUTANTS = [
         (
             "reference backend: error after half of the update",
             "fusedopt/backends/reference.py",
-            "new_values = [self._computed(entry, scalars[entry.group], grad_coefs[entry.group]) for entry in self._active()]",
-            "new_values = (self._computed(entry, scalars[entry.group], grad_coefs[entry.group]) for entry in self._active())",
+            "        new_values = [self._computed(entry, scalars[entry.group], grad_coefs[entry.group]) "
+            "for entry in self._active()]\n",
+            "        new_values = []\n        for entry in self._active():\n"
+            "            new_values.append(self._computed(entry, scalars[entry.group], grad_coefs[entry.group]))\n"
+            "            [pair[0].copy_(pair[1]) for pair in new_values[-1]]\n",
             "test_errors.py::test_update_that_fails_leaves_no_trace[reference-AdamW]",
         ),
         (

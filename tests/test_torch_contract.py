@@ -936,10 +936,10 @@ def torch_saved(pair):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, torch_saved], ids=lambda function: function.__name__)
 @every_class
-def test_copy_goes_on_alone_with_the_same_bits(spec, copied):
-    params, optimizer = used(spec)
+def test_copy_goes_on_alone_with_the_same_bits(spec, copied, on_backend):
+    params, optimizer = used(spec, backend=on_backend)
     twin_params, twin = copied((params, optimizer))
-    assert (twin.max_grad_norm, twin.skipped_steps, twin._backend) == (3.0, 1, optimizer._backend)
+    assert (twin.max_grad_norm, twin.skipped_steps, twin.backend) == (3.0, 1, on_backend)
     middle = clone_params(params)
     train(twin, twin_params, 2, 2)
     assert_same_bits(params, middle, "parameter of the original")
@@ -1325,12 +1325,14 @@ def test_number_of_threads_does_not_change_a_bit_of_a_float64_norm(threads):
     """Where no rounding to float32 hides the order of the sum, over enough tensors that it could differ."""
     params = make_params(((1021,),) * 300, torch.float64)
     optimizer = fusedopt.SGD(params)
-    set_grads(params, 0)
-    norms = set()
-    for count in (1, 2, 3, 4, 8):
-        threads(count)
-        norms.add(float(optimizer.clip_grad_norm_(float("inf"))))
-    assert len(norms) == 1
+    for seed in range(8):  # the root hides half of the sums that differ
+        set_grads(params, seed)
+        norms = set()
+        for count in (1, 2, 3, 4, 8):
+            threads(count)
+            norms.add(float(optimizer.clip_grad_norm_(float("inf"))))
+        optimizer.zero_grad()
+        assert len(norms) == 1
 
 
 @only_on("cpu", "about its threads")
