@@ -35,7 +35,8 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """Triton's interpreter takes half a second a step: there, contract tests of all classes and dtypes run with one of each.
 
-    Only the rule's own mathematics and its states differ between them, and these have tests in test_triton.py.
+    Only the rule's own mathematics and its states differ between them, and these have tests in test_triton.py. With
+    FUSEDOPT_TEST_ALL=1 they run with all.
     """
     left_out = [item for item in items if _is_left_out(getattr(getattr(item, "callspec", None), "params", {}))]
     config.hook.pytest_deselected(items=left_out)
@@ -44,7 +45,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _is_left_out(params):
-    if params.get("on_backend") != "triton":
+    if params.get("on_backend") != "triton" or os.environ.get("FUSEDOPT_TEST_ALL") == "1":
         return False
     is_adamw = str(params.get("spec", "AdamW")) == "AdamW" and str(params.get("case", "AdamW(")).startswith("AdamW(")
     return not is_adamw or params.get("dtype", torch.float32) != torch.float32
