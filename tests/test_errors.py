@@ -1261,7 +1261,12 @@ def test_bad_input_gets_the_answer_of_its_row(name):
     optimizer = fusedopt.AdamW([{"params": named[:2]}, {"params": named[2:], "lr": 0.03}])
     train(optimizer, params, 2)
     set_grads(params, 5)
-    call = function(optimizer, params[2])
+    try:
+        call = function(optimizer, params[2])
+    except RuntimeError as error:
+        if hasattr(torch.Tensor, "grad_dtype") or "attempting to assign a gradient" not in str(error):
+            raise
+        pytest.skip("this torch itself refuses such a gradient")
     sound = [params[0], *optimizer.state[params[0]].values()]
     before = [tensor.detach().clone() for tensor in sound]
     with nothing_changes(optimizer) if is_readable else contextlib.nullcontext(), pytest.raises(Exception) as raised:
