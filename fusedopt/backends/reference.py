@@ -33,6 +33,14 @@ def as_real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def first_nonfinite(entries: Sequence[Entry]) -> int:
+    """Index of the first entry whose gradient holds NaN or infinity; -1: none does."""
+    for i, entry in enumerate(entries):
+        if entry.param.grad is not None and not entry.param.grad.isfinite().all():
+            return i
+    return -1
+
+
 class Bucket:
     """Entries on one device, updated by the reference functions in the dtype of their states."""
 
@@ -57,10 +65,7 @@ class Bucket:
         return float(reference.total_norm([as_real(entry.param.grad) for entry in self._active()]))
 
     def first_nonfinite(self) -> int:
-        for i, entry in enumerate(self.entries):
-            if entry.param.grad is not None and not entry.param.grad.isfinite().all():
-                return i
-        return -1
+        return first_nonfinite(self.entries)
 
     @torch.no_grad()
     def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedopt.backends.cpu import table_of
-from fusedopt.backends.reference import as_real
+from fusedopt.backends.reference import as_real, first_nonfinite
 from fusedopt.extension import _C
 from fusedopt.rules import Rule
 
@@ -219,10 +219,7 @@ class Bucket:
         return float(self.measure(float("inf"), None, 1.0, torch.float64)[0])
 
     def first_nonfinite(self) -> int:
-        for i, entry in enumerate(self.entries):
-            if entry.param.grad is not None and not entry.param.grad.isfinite().all():
-                return i
-        return -1
+        return first_nonfinite(self.entries)
 
     def update(
         self,
@@ -267,8 +264,8 @@ class Bucket:
                     self.has_launched = True
                 for table in self._tables:
                     table.write_back()
-        # Autograd must notice that a tensor it saved has changed.
-        torch.autograd.graph.increment_version([e.param for e in self.entries if e.param.grad is not None])
+                # Autograd must notice that a tensor it saved has changed.
+                torch.autograd.graph.increment_version([e.param for e in self.entries if e.param.grad is not None])
 
     def _set_hyper(self, rows: list[list]) -> None:
         """Hyperparameters on the device. Those that are tensors there are copied in every step: they may have changed."""
