@@ -1406,7 +1406,7 @@ def resident_bytes():
 @pytest.mark.parametrize("kind", ["cached plan", "new plan each step"])
 def test_memory_does_not_grow_over_many_steps(kind, on_backend):
     """A leaked gradient (16 KB), plan or tuple in any step would show."""
-    interpreted = 10 if on_backend == "triton" else 1  # times slower, and more
+    interpreted = 25 if on_backend == "triton" else 1  # so many times slower, and more
     params = make_params(((4001,), (33,), (7,)))
     optimizer = fusedopt.AdamW(params, max_grad_norm=1.0)
     grads = [randn(param.shape, seed=i) for i, param in enumerate(params)]
