@@ -62,8 +62,10 @@ def _torch(**implementation):
             return None
         try:
             optimizer = rule.twin(params, lr=lr, **rule.kwargs, **implementation)
-        except RuntimeError:  # fused, not for this device in this version of torch
-            return None
+        except RuntimeError:
+            if "fused" not in implementation:
+                raise
+            return None  # this version of torch has it not for this device
 
         def clip_and_step():
             torch.nn.utils.clip_grad_norm_(params, MAX_NORM)

@@ -130,9 +130,9 @@ class Plan:
                 f"{self.owner}: a CUDA graph is being captured, but parameters, states or options are not those of the "
                 f"last step; make a step before the capture; {UNCHANGED}"
             )
-        self._counts = (
-            {entry.param: entry.step for bucket in before.buckets for entry in bucket.entries} if before else {}
-        )
+        self._counts = {}  # those that are in no state
+        if before and not self.rule.keeps_step:
+            self._counts = {entry.param: entry.step for bucket in before.buckets for entry in bucket.entries}
         chosen = functools.cache(lambda device: backends.choose(device, backend))
         for entry in entries:
             self._attach_state(entry, param_groups[entry.group], self._state, chosen)
@@ -147,7 +147,7 @@ class Plan:
             members.get(entry.param.device, next(iter(members.values()))).append(entry)
         for device, of_device in members.items():
             self.buckets.append(chosen(device).Bucket(self.rule, of_device))
-        # None: then every bucket is the reference's, which is good for one step.
+        # None: then every bucket is good for one step.
         self._watch = _C.Watch(param_groups, self._state) if _C else None
         # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
         self._pinned = (

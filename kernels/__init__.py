@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``fusedopt.kernels``. This version has none yet: ``backend="triton"`` says so."""
+"""Triton kernels, installed as ``fusedopt.kernels``: rules.py the formulas, engine.py what runs any of them."""

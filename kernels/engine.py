@@ -6,7 +6,7 @@ Both walk the same tables, in device memory:
     entry_of    int32 [num_chunks], index_of int32 [num_chunks]: chunk c is the index_of[c]-th stretch of `CHUNK` elements of
                 entry entry_of[c]
     numel       int64 [num_entries], group_of int32 [num_entries]
-    hyper       float64 [num_groups, NUM_HYPER + 1]: each group's hyperparameters and the sign of its gradients
+    hyper       float64 [num_groups, NUM_HYPER + 1]: each group's hyperparameters, and what multiplies its gradients
 and pass on what belongs to a whole step as scalars in device memory, so that nobody waits for the device:
     control     float64 [2]: what gradients are multiplied with, and whether their norm is NaN or infinite (0 or 1)
 

@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Triton's interpreter takes half a second a step: there, contract tests of all classes and dtypes run with one of each.
+    """Triton's interpreter is slow: there, contract tests of all classes and dtypes run with one of each.
 
     Only the rule's own mathematics and its states differ between them, and these have tests in test_triton.py. With
     FUSEDOPT_TEST_ALL=1 they run with all.

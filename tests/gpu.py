@@ -6,7 +6,6 @@ Writes FOLDER/gpu.json and FOLDER/gpu.txt anew after every stage, so that what w
 """
 
 import argparse
-import datetime
 import json
 import os
 import signal
@@ -22,28 +21,20 @@ def machine():
     """What was tested, and on what."""
     import torch
 
-    def output(*command):
-        try:
-            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
+    from bench import report
+    from fusedopt.backends import triton
 
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = None
     return {
-        "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
-        "device": torch.cuda.get_device_name(),
+        **report.machine(),
         "capability": list(torch.cuda.get_device_capability()),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": driver,
         "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "python": sys.version.split()[0],
-        "commit": output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "triton": triton.unavailable() or triton.version(),
     }
 
 
@@ -95,7 +86,7 @@ def main(arguments):
         if name == "benchmark" and results.exists():
             report["stages"][name]["results"] = json.loads(results.read_text())
         (folder / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-        summary = [f"{key:<11} {value}" for key, value in report["machine"].items()]
+        summary = [f"{key:<14} {value}" for key, value in report["machine"].items()]
         for stage, found in report["stages"].items():
             summary += ["", f"== {stage}: status {found['status']}, {found['seconds']} s", *found["log"]]
         (folder / "gpu.txt").write_text("\n".join(summary) + "\n")

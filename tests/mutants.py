@@ -1250,8 +1250,8 @@ MUTANTS = [
         (
             "version counters of parameters without a gradient advanced",
             "fusedopt/backends/cpu.py",
-            "written = self._params if is_all else",
-            "written = self._params if True else",
+            "return params if table.all_active() else [params[i] for i in table.active()]",
+            "return params",
             "test_torch_contract.py::test_autograd_notices_that_a_saved_parameter_changed[cpu-AdamW]",
         ),
         (

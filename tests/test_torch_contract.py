@@ -1421,15 +1421,20 @@ def test_memory_does_not_grow_over_many_steps(kind, on_backend):
             optimizer.step()
 
     tracemalloc.start()
+
+    def tensors():
+        return sum(type(thing) in (torch.Tensor, torch.nn.Parameter) for thing in gc.get_objects())
+
     run(300 // interpreted)  # Python's free lists fill up
     gc.collect()
-    before, traced = resident_bytes(), tracemalloc.get_traced_memory()[0]
+    alive, before, traced = tensors(), resident_bytes(), tracemalloc.get_traced_memory()[0]
     run(800 // interpreted)
     gc.collect()
     grown = resident_bytes() - before, tracemalloc.get_traced_memory()[0] - traced
     tracemalloc.stop()
     assert grown[0] < 3_000_000
     assert grown[1] < 40_000
+    assert tensors() - alive < 8
 
 
 @only_on("cpu", "the reference takes too long, and keeps nothing between steps")

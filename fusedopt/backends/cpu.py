@@ -74,6 +74,11 @@ def table_of(entries: Sequence[Entry], is_host: bool) -> _C.Bucket:
     return table
 
 
+def with_gradient(table: _C.Bucket, params: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Those parameters that had a gradient when the table was refreshed; all of the table's are given."""
+    return params if table.all_active() else [params[i] for i in table.active()]
+
+
 class Bucket:
     """Entries in host memory, with their C++ tensor and chunk tables."""
 
@@ -98,8 +103,7 @@ class Bucket:
 
     def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
         # Autograd must notice that a tensor it saved has changed.
-        is_all = self._table.all_active()
-        written = self._params if is_all else [self._params[i] for i in self._table.active()]
+        written = with_gradient(self._table, self._params)
         self._table.update(
             scalars, grad_coefs, torch.get_num_threads(), torch.autograd.graph.increment_version, written
         )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusedopt.backends.cpu import table_of
+from fusedopt.backends.cpu import table_of, with_gradient
 from fusedopt.backends.reference import as_real, first_nonfinite
 from fusedopt.extension import _C
 from fusedopt.rules import Rule
@@ -80,6 +80,7 @@ class Bucket:
     def __init__(self, rule: Rule, entries: Sequence[Entry]):
         self.entries = list(entries)
         self.has_launched = False
+        self._params = [entry.param for entry in self.entries]
         self._rule = rule
         # Idle parameters, which are only watched, may be elsewhere.
         self.device = next((entry for entry in self.entries if not entry.is_idle), self.entries[0]).param.device
@@ -258,6 +259,10 @@ class Bucket:
                 if not self.has_launched:  # compiles, which can fail, before anything is written
                     kernels.engine.update.warmup(*arguments, grid=(table.num_programs,), **options)
                 launches.append((table, arguments, options))
+            if self._watch is not None:
+                written = with_gradient(self._watch, self._params)
+            else:
+                written = [param for param in self._params if param.grad is not None]
             with _uninterrupted():
                 for table, arguments, options in launches:
                     self._launch(kernels.engine.update, table, *arguments, **options)
@@ -265,7 +270,7 @@ class Bucket:
                 for table in self._tables:
                     table.write_back()
                 # Autograd must notice that a tensor it saved has changed.
-                torch.autograd.graph.increment_version([e.param for e in self.entries if e.param.grad is not None])
+                torch.autograd.graph.increment_version(written)
 
     def _set_hyper(self, rows: list[list]) -> None:
         """Hyperparameters on the device. Those that are tensors there are copied in every step: they may have changed."""
@@ -292,6 +297,7 @@ class _Table:
         self._positions = torch.tensor([position for position, _ in entries], device="cpu")
         self._entries = [entry for _, entry in entries]
         self._numels = [as_real(entry.param.detach()).numel() for entry in self._entries]
+        self._strided = [(index, entry) for index, entry in enumerate(self._entries) if entry.is_strided]
         self._staged: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []  # slot, entry, tensor, copy
         first = self._entries[0]
         names = {
@@ -317,16 +323,14 @@ class _Table:
     def stage(self, upload: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         """Copies the tensors that do not have their elements in the parameter's order. False: there are none."""
         self._staged = []
-        for index, entry in enumerate(self._entries):
-            if not entry.is_strided or entry.param.grad is None:
+        for index, entry in self._strided:
+            if entry.param.grad is None:
                 continue
-            shape = as_real(entry.param.detach())
+            param = as_real(entry.param.detach())
             for slot, tensor in [(GRAD, entry.param.grad), (0, entry.param.detach()), *enumerate(entry.states, 1)]:
                 if tensor is not None:
                     tensor = as_real(tensor)
-                    copy = torch.empty_like(
-                        shape, dtype=tensor.dtype
-                    )  # dense, in the parameter's order if that is dense
+                    copy = torch.empty_like(param, dtype=tensor.dtype)  # dense; in the parameter's order if that is too
                     if copy.stride() != tensor.stride():
                         self._staged.append((slot, index, tensor, copy.copy_(tensor)))
         if self._staged:
