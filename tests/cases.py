@@ -32,6 +32,11 @@ DTYPES = (
 )
 
 
+def dtype_id(pair: tuple[torch.dtype, torch.dtype]) -> str:
+    """How a row of `DTYPES` is called in the name of a test."""
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in pair)
+
+
 def can_mix_dtypes() -> bool:
     """Whether this torch lets a gradient have another dtype than its parameter."""
     return hasattr(torch.Tensor, "grad_dtype")

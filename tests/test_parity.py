@@ -11,6 +11,7 @@ from cases import (
     Oracle,
     can_mix_dtypes,
     check_parity,
+    dtype_id,
     random_grads,
     random_params,
     set_grad,
@@ -19,10 +20,6 @@ from helpers import assert_close, nothing_changes
 
 import fusedopt
 from fusedopt.backends import cpu
-
-
-def dtype_id(pair):
-    return "-".join(str(dtype).removeprefix("torch.") for dtype in pair)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 import compile_kernels
-from cases import CASES, DTYPES, can_mix_dtypes, check_parity, random_grads, random_params
+from cases import CASES, DTYPES, can_mix_dtypes, check_parity, dtype_id, random_grads, random_params
 from fusedopt.kernels import engine
 from helpers import make_params, nothing_changes, randn, same_bits, set_grads
 
@@ -30,10 +30,6 @@ CHUNK = engine.CHUNK
 # 0, 1, around the block and the chunk, and enough chunks that programs take several.
 SIZES = (0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + BLOCK + 3)
 SMALL_SIZES = (0, 5, BLOCK + 3, CHUNK + 9)
-
-
-def dtype_id(pair):
-    return "-".join(str(dtype).removeprefix("torch.") for dtype in pair)
 
 
 # ---- values ----------------------------------------------------------------------------------------------------
