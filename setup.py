@@ -63,6 +63,8 @@ if SANITIZE:
     ]
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*")) if path.suffix in (".h", ".inl")]
 DEFAULT_ARCHS = "8.0;9.0;10.0"
+# No fused multiply-add here either: the bits of the CPU.
+CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 # What Python expects of the extension (fusedopt/extension.py).
 INTERFACE = hashlib.sha256((ROOT / "fusedopt/_C.pyi").read_bytes()).hexdigest()[:12]
 
@@ -82,6 +84,11 @@ everything works, by pure PyTorch, but SLOWLY. FUSEDOPT_REQUIRE_CPU=1 makes this
 It takes a C++17 compiler (GCC 11 or newer, or Clang 12 or newer) and Python's headers.
 {"*" * 100}
 """
+
+
+def num_jobs():
+    """How many compilers may run at a time."""
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 def find_nvcc():
@@ -158,8 +165,7 @@ class BuildExt(build_ext):
                 depends=ext.depends,
             )
 
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(num_jobs()) as pool:
             objects = [obj for objs in pool.map(compile_one, SOURCES) for obj in objs]
         target.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
@@ -190,7 +196,7 @@ class BuildExt(build_ext):
     def build_cuda(self, nvcc, target):
         """The CUDA part: a shared object of its own, its runtime linked in, so that it can never break the CPU part."""
         sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
-        command = [nvcc, "-std=c++17", "-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        command = [nvcc, *CUDA_FLAGS, "-shared", "-cudart=static", f"--threads={num_jobs()}"]
         try:
             command += [*cuda_arch_flags(nvcc), "-o", str(target), *sources]
             print(" ".join(command))

@@ -25,7 +25,7 @@ def doctor() -> None:
     )
     print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"CPU kernels  {kernels}")
-    print(f"CUDA part    {cuda.devices()[1]}")
+    print(f"CUDA part    {cuda.found()}")
     print(f"Triton       {triton.unavailable() or triton.version()}")
     devices = ["cpu"]
     if torch.cuda.is_available():

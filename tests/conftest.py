@@ -11,6 +11,7 @@ import pytest
 if "FUSEDOPT_TEST_GPU" not in os.environ:
     with contextlib.suppress(ImportError):  # without Triton its backend's tests are skipped
         import triton_interpreter  # noqa: F401  before all that may import Triton
+    import cuda_emulator  # noqa: F401
 
 import torch
 from helpers import BACKENDS

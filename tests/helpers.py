@@ -8,6 +8,8 @@ import functools
 import os
 import select
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from fusedopt.rules import RULES, Rule
 
 # Every contract test runs once on each of these (`on_backend` in conftest.py); one that cannot run here is skipped, with its
 # reason. A new backend joins by its name.
-BACKENDS = ("cpu", "reference", "triton")
+BACKENDS = ("cpu", "reference", "cuda", "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Odd sizes: none a multiple of a vector width, one across several 256-element tiles, an empty one and a scalar.
 SHAPES = ((13, 7), (1021,), (), (0, 3), (5, 3, 3))
@@ -211,6 +213,15 @@ def nothing_changes(optimizer) -> Iterator[None]:
     before = snapshot(optimizer)
     yield
     assert_unchanged(before, optimizer)
+
+
+def in_a_new_process(code: str, **environment: str | None) -> str:
+    """What a program prints, with this one's environment but for the variables given; None: without that one."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -1,36 +1,186 @@
-"""The CUDA C++ part: a shared object of its own, loaded only when asked for, so that it can never break the CPU part."""
+"""The CUDA C++ kernels (csrc/cuda/): a shared object of its own, loaded only when asked for, so that it cannot break the rest.
+
+Compiled for the host (tests/simt/), the same object works on tensors in host memory: how it is tested where no GPU is.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Hashable
+from ctypes import POINTER, c_char_p, c_int32, c_void_p
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fusedopt.backends import device
+from fusedopt.rules import RULES
+
+if TYPE_CHECKING:
+    from fusedopt.plan import Entry
+
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
+SCALARS_ON_DEVICE = True
+FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/storage.h
+
+
+def _structure(name: str, fields: str) -> type[ctypes.Structure]:
+    """Of pointers and, in capitals, 32-bit integers."""
+    kinds = [(field.lower(), c_int32 if field.isupper() else c_void_p) for field in fields.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": kinds})
+
+
+# As csrc/cuda/api.h has them.
+TABLES = "grads entry_of index_of numel formats NUM_CHUNKS"
+NormArguments = _structure(
+    "NormArguments",
+    f"{TABLES} FIRST_PARTIAL NUM_PARTIALS partials ticket max_norm previous grad_scale norm control IS_FINAL IS_NORM_DOUBLE",
+)
+UpdateArguments = _structure(
+    "UpdateArguments",
+    f"{TABLES} NUM_ENTRIES addresses group_of hyper control grad_scale found_inf skipped ticket SKIPS_NONFINITE COUNTS_SKIP",
+)
+
+
+class Library:
+    """The loaded object.
+
+    Raises:
+        OSError: it does not load.
+        RuntimeError: it is of another version of fusedopt.
+    """
+
+    def __init__(self, path: Path):
+        self._functions = functions = ctypes.CDLL(str(path))
+        launch = [c_int32, c_int32, c_void_p]  # blocks, device, stream
+        for name, *arguments in (
+            ("interface",),
+            ("num_devices", POINTER(c_int32)),
+            ("num_blocks", c_int32, c_int32, c_int32, POINTER(c_int32)),
+            ("norm", POINTER(NormArguments), *launch),
+            ("update", c_int32, c_int32, POINTER(UpdateArguments), *launch),
+        ):
+            function = getattr(functions, f"fusedopt_cuda_{name}", None)
+            if function is None:
+                raise RuntimeError(f"it has no function {name!r}")
+            function.restype, function.argtypes = c_char_p, arguments
+        facts = [line.split(" ", 1) for line in functions.fusedopt_cuda_interface().decode().splitlines()]
+        known = dict(facts)
+        self.is_on_host = known["memory"] == "host"
+        self.chunk = int(known["chunk"])
+        for what, structure in (("norm", NormArguments), ("update", UpdateArguments)):
+            fields = [field.split()[-1] for field in known[what].split(";") if field]
+            if fields != [name for name, _ in structure._fields_]:
+                raise RuntimeError(f"the arguments of its {what} differ")
+        rules = [text.split(" ", 2) for kind, text in facts if kind == "rule"]
+        self.rules = {name: index for index, (name, *_) in enumerate(rules)}
+        theirs = {(name.split("_")[0], int(num_states), hyper) for name, num_states, hyper in rules}
+        ours = {(rule.name, len(rule.states), " ".join(rule.hyper)) for rule in RULES.values()}
+        if theirs != ours:
+            raise RuntimeError(f"it differs in the rule {min(theirs ^ ours)[0]!r}")
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Raises RuntimeError with the CUDA call that failed, and why."""
+        problem = getattr(self._functions, f"fusedopt_cuda_{name}")(*arguments)
+        if problem is not None:
+            raise RuntimeError(f"CUDA: {problem.decode()}")
+
+    def count(self, name: str, *arguments: Any) -> int:
+        """What a function counts."""
+        result = c_int32()
+        self.call(name, *arguments, ctypes.byref(result))
+        return result.value
 
 
 @functools.cache
-def devices() -> tuple[int, str]:
-    """(number of CUDA devices the built object sees, or -1; what it or the loader says)."""
+def _load() -> tuple[Library | None, str]:
+    """(the library, or None where it cannot be used; what was found)."""
     if not LIBRARY.exists():
-        return -1, "not built (FUSEDOPT_BUILD_CUDA=1 with nvcc builds it)"
+        return None, "not built (FUSEDOPT_BUILD_CUDA=1 with nvcc builds it)"
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        library = Library(LIBRARY)
     except OSError as error:
-        return -1, f"built, but does not load: {error}"
-    message = ctypes.c_char_p()
-    count = library.fusedopt_cuda_device_count(ctypes.byref(message))
-    text = message.value.decode() if message.value else ""
-    return (count, "built and loads") if count >= 0 else (-1, f"built and loads, but CUDA says: {text}")
+        return None, f"built, but does not load: {error}"
+    except (RuntimeError, KeyError, ValueError) as error:
+        return None, f"built from another version of fusedopt ({error}); install fusedopt again"
+    try:
+        count = library.count("num_devices")
+    except RuntimeError as error:
+        return None, f"built and loads, but {error}"
+    return (library, "built and loads") if count else (None, "built and loads, but CUDA has no device")
+
+
+def found() -> str:
+    """What there is, for who asks."""
+    return _load()[1]
 
 
 def unavailable() -> str | None:
-    """Why not: this version has no CUDA kernels, only the build and loading of their object."""
-    return "this version has no CUDA kernels yet"
+    """Why the kernels cannot be used here, or None."""
+    library, text = _load()
+    return text if library is None else None
 
 
-def supports(device: torch.device, is_asked_for: bool = False) -> bool:
-    """Whether it takes tensors of that device."""
-    return device.type == "cuda"
+@functools.cache
+def _runs_on(index: int) -> bool:
+    """Whether the object has kernels for that device: it was compiled for some generations of GPUs."""
+    try:
+        return _load()[0].count("num_blocks", -1, 0, index) > 0
+    except RuntimeError:
+        return False
+
+
+def supports(where: torch.device, is_asked_for: bool = False) -> bool:
+    """Whether they take tensors of that device; on the host only for who asks for it."""
+    library = _load()[0]
+    if library is None or library.is_on_host:
+        return is_asked_for and where.type == "cpu" if library else where.type == "cuda"
+    is_nvidia = where.type == "cuda" and torch.version.hip is None
+    return is_nvidia and _runs_on(torch.cuda.current_device() if where.index is None else where.index)
+
+
+class Bucket(device.Bucket):
+    """Entries in one table for each kernel; a table has any dtypes."""
+
+    def key(self, entry: Entry) -> Hashable:
+        return entry.variant, entry.compute_dtype
+
+    def kernels(self, entries: list[Entry]) -> device.Kernels:
+        return Kernels(entries)
+
+
+class Kernels(device.Kernels):
+    def __init__(self, entries: list[Entry]):
+        self._library = library = _load()[0]
+        self.chunk = library.chunk
+        first = entries[0]
+        self._device = first.param.device
+        self._index = self._device.index or 0
+        self._kernel = library.rules[first.variant], int(first.compute_dtype == torch.float64)
+        chunks = max(device.num_chunks(entries, self.chunk), 1)
+        self.norm_programs = min(chunks, library.count("num_blocks", -1, 0, self._index))
+        self._update_programs = min(chunks, library.count("num_blocks", *self._kernel, self._index))
+        formats = [
+            FORMATS[device.as_real(entry.param.detach()).dtype] | FORMATS[device.grad_dtype(entry)] << 8
+            for entry in entries
+        ]
+        self.tables = {"formats": torch.tensor(formats, dtype=torch.int32, device="cpu")}
+
+    def _stream(self) -> int:
+        return 0 if self._device.type == "cpu" else torch.cuda.current_stream(self._device).cuda_stream
+
+    def norm(self, arguments: dict[str, Any]) -> None:
+        values = _filled(NormArguments, arguments | {"is_norm_double": int(arguments["norm"].dtype == torch.float64)})
+        self._library.call("norm", values, self.norm_programs, self._index, self._stream())
+
+    def update(self, arguments: dict[str, Any]) -> None:
+        values = _filled(UpdateArguments, arguments)
+        self._library.call("update", *self._kernel, values, self._update_programs, self._index, self._stream())
+
+
+def _filled(structure: type[ctypes.Structure], arguments: dict[str, Any]) -> ctypes.Structure:
+    """The arguments, tensors as their addresses."""
+    return structure(
+        **{name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    )

@@ -1,0 +1,205 @@
+// What a block of threads does together: load and store a stretch of a tensor, add up, find out that it is the last one.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../storage.h"
+#include "kernels.h"
+
+#define FO_DEVICE __device__ __forceinline__
+
+namespace fusedopt::cuda {
+
+constexpr int warp = 32;  // threads
+
+// What lies `offset` bytes behind an address that was read from a table. Told that it is global memory, the compiler need not
+// ask at run time.
+template <class Stored>
+FO_DEVICE Stored* global(void* address, int64_t offset = 0) {
+  __builtin_assume(__isGlobal(address));
+  return reinterpret_cast<Stored*>(static_cast<char*>(address) + offset);
+}
+
+// Calls visit with the codec of a format, which is the same for all threads, of those that convert to T.
+template <class T, class Visit>
+FO_DEVICE void with_codec(DType dtype, const Visit& visit) {
+  switch (dtype) {
+    case DType::float32: return visit(Float32());
+    case DType::bfloat16: return visit(BFloat16());
+    case DType::float16: return visit(Float16());
+    case DType::float64:
+      if constexpr (sizeof(T) == 8) visit(Float64());
+  }
+}
+
+// ---- elements --------------------------------------------------------------------------------------------------
+
+using Vector = uint4;  // the widest access
+
+FO_DEVICE bool is_vector(void* address) { return reinterpret_cast<uintptr_t>(address) % sizeof(Vector) == 0; }
+
+// The elements of a tensor that a block takes at once, `count` from `begin` on. Each thread takes two parts one after the
+// other, each part one vector of T.
+template <class T>
+struct Stretch {
+  static constexpr int parts = 2, per_part = sizeof(Vector) / sizeof(T);
+  static constexpr int elements = threads * parts * per_part;
+
+  int64_t begin;
+  int count;
+  bool has_halves;  // one of the tensors has elements of 16 bits
+
+  // Where a part begins in a tensor whose elements have that size, in bytes. By vectors, neighbouring threads have
+  // neighbouring vectors of T; but where there are halves, a thread has the elements of one vector of these. Else elements of
+  // neighbouring threads are neighbours, and a part goes on `threads` elements later.
+  template <bool by_vectors>
+  FO_DEVICE int64_t offset(int part, int size) const {
+    int64_t first;
+    if constexpr (!by_vectors) {
+      first = threadIdx.x + part * per_part * threads;
+    } else if (size == 2) {
+      first = threadIdx.x * parts * per_part;
+    } else {
+      first = (has_halves ? threadIdx.x * parts + part : threadIdx.x + part * threads) * per_part;
+    }
+    return (begin + first) * size;
+  }
+
+  // How many elements there are from a thread's first one on, if not by vectors.
+  FO_DEVICE int left(int part) const { return count - int(threadIdx.x) - part * per_part * threads; }
+};
+
+// A thread's part of one tensor, as it is stored. Loading and decoding are apart, so that the loads of all tensors are on
+// their way before the first value is waited for. by_vectors: the stretch is whole, and all tensors are aligned.
+template <class T, bool by_vectors>
+class Part {
+ public:
+  static constexpr int count = Stretch<T>::per_part;
+
+  FO_DEVICE void load(const Stretch<T>& stretch, int part, void* address, DType dtype) {
+    const int size = itemsize(dtype);
+    const int64_t offset = stretch.template offset<by_vectors>(part, size);
+    if constexpr (by_vectors) {
+      const Vector vector = *global<Vector>(address, offset);
+      words_[0] = vector.x, words_[1] = vector.y, words_[2] = vector.z, words_[3] = vector.w;
+      // Of halves it holds both parts; the second time it comes from the cache.
+      if (size != sizeof(T) && part == 1) words_[0] = vector.z, words_[1] = vector.w;
+    } else {
+      const int left = stretch.left(part);
+      if (size == 2) load_each(global<uint16_t>(address, offset), left);
+      if (size == 4) load_each(global<uint32_t>(address, offset), left);
+      if constexpr (sizeof(T) == 8) {
+        if (size == 8) load_each(global<uint64_t>(address, offset), left);
+      }
+    }
+  }
+
+  FO_DEVICE void store(const Stretch<T>& stretch, int part, void* address, DType dtype) {
+    const int size = itemsize(dtype);
+    const int64_t offset = stretch.template offset<by_vectors>(part, size);
+    if constexpr (by_vectors) {
+      if (size == sizeof(T)) {
+        *global<Vector>(address, offset) = make_uint4(words_[0], words_[1], words_[2], words_[3]);
+      } else if (part == 0) {
+        first_[0] = words_[0], first_[1] = words_[1];
+      } else {
+        *global<Vector>(address, offset) = make_uint4(first_[0], first_[1], words_[0], words_[1]);
+      }
+    } else {
+      const int left = stretch.left(part);
+      if (size == 2) store_each(global<uint16_t>(address, offset), left);
+      if (size == 4) store_each(global<uint32_t>(address, offset), left);
+      if constexpr (sizeof(T) == 8) {
+        if (size == 8) store_each(global<uint64_t>(address, offset), left);
+      }
+    }
+  }
+
+  FO_DEVICE void decode(DType dtype, T (&values)[count]) const {
+    with_codec<T>(dtype, [&](auto codec) {
+      using Codec = decltype(codec);
+#pragma unroll
+      for (int i = 0; i < count; ++i) values[i] = T(Codec::load(get<typename Codec::stored>(i)));
+    });
+  }
+
+  FO_DEVICE void encode(DType dtype, const T (&values)[count]) {
+    with_codec<T>(dtype, [&](auto codec) {
+      using Codec = decltype(codec);
+      if constexpr (sizeof(T) == 4 || sizeof(typename Codec::stored) == 8) {
+#pragma unroll
+        for (int i = 0; i < count; ++i) set(i, Codec::store(values[i]));
+      }
+    });
+  }
+
+ private:
+  template <class Stored>
+  FO_DEVICE void load_each(const Stored* data, int left) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) set(i, i * threads < left ? data[i * threads] : Stored());
+  }
+
+  template <class Stored>
+  FO_DEVICE void store_each(Stored* data, int left) const {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      if (i * threads < left) data[i * threads] = get<Stored>(i);
+    }
+  }
+
+  // A half is half a word of a vector, and a word if not by vectors.
+  template <class Stored>
+  FO_DEVICE Stored get(int i) const {
+    if constexpr (sizeof(Stored) == 2) return Stored(by_vectors ? words_[i / 2] >> (i % 2 * 16) : words_[i]);
+    Stored stored = {};
+    if constexpr (sizeof(Stored) > 2) __builtin_memcpy(&stored, &words_[i * (sizeof(Stored) / 4)], sizeof(Stored));
+    return stored;
+  }
+
+  template <class Stored>
+  FO_DEVICE void set(int i, Stored stored) {
+    if constexpr (sizeof(Stored) > 2) {
+      __builtin_memcpy(&words_[i * (sizeof(Stored) / 4)], &stored, sizeof(Stored));
+    } else if (!by_vectors) {
+      words_[i] = stored;
+    } else {
+      words_[i / 2] = i % 2 == 0 ? stored : words_[i / 2] | (uint32_t(stored) << 16);
+    }
+  }
+
+  uint32_t words_[4];
+  uint32_t first_[2];  // halves of the first part, which are stored with the second
+};
+
+// ---- all threads -----------------------------------------------------------------------------------------------
+
+// The sum over all threads of the block, added in one fixed order; for thread 0.
+FO_DEVICE double block_sum(double value) {
+  __shared__ double of_warp[threads / warp];
+#pragma unroll
+  for (int distance = warp / 2; distance > 0; distance /= 2) value += __shfl_down_sync(~0u, value, distance);
+  __syncthreads();  // the sums of an earlier call have been read
+  if (threadIdx.x % warp == 0) of_warp[threadIdx.x / warp] = value;
+  __syncthreads();
+  double sum = of_warp[0];
+#pragma unroll
+  for (int i = 1; i < threads / warp; ++i) sum += of_warp[i];
+  return sum;
+}
+
+// Whether all other blocks have come here. What they wrote before is then visible to this one, past its L1 cache.
+FO_DEVICE bool is_last_block(int32_t* ticket) {
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();  // all threads have written
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(ticket, 1) == int32_t(gridDim.x) - 1;
+    if (is_last) *ticket = 0;  // for the next launch
+    __threadfence();
+  }
+  __syncthreads();
+  return is_last;
+}
+
+}  // namespace fusedopt::cuda

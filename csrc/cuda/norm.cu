@@ -1,0 +1,110 @@
+// The kernel that takes the 2-norm of all gradients and turns it into what clips them.
+#include "block.cuh"
+
+namespace fusedopt::cuda {
+namespace {
+
+// Squares of float64 values far from 1 overflow or vanish; those of values times one of these do not.
+constexpr double huge_scale = 0x1p540, tiny_scale = 0x1p-540;
+
+// Sums of squares in double, where those of narrower values neither overflow nor vanish.
+struct Sums {
+  double plain = 0, huge = 0, tiny = 0;
+
+  template <class Codec>
+  FO_DEVICE void add(typename Codec::stored stored) {
+    const double value = double(Codec::load(stored));
+    plain += value * value;
+    if constexpr (sizeof(stored) == 8) {
+      huge += (value * tiny_scale) * (value * tiny_scale);
+      tiny += (value * huge_scale) * (value * huge_scale);
+    }
+  }
+};
+
+// Adds a thread's elements of a chunk, the loads of several before the first of them is looked at.
+template <class Codec>
+FO_DEVICE void add_chunk(Sums& sums, void* grad, int64_t begin, int count) {
+  using Stored = typename Codec::stored;
+  constexpr int per_vector = sizeof(Vector) / sizeof(Stored), in_flight = 2;
+  constexpr int at_once = in_flight * threads;
+  if (count == chunk_elements && is_vector(grad)) {
+    const Vector* const data = global<Vector>(grad, begin * int64_t(sizeof(Stored))) + threadIdx.x;
+    for (int done = 0; done < chunk_elements / per_vector; done += at_once) {
+      Vector vectors[in_flight];
+#pragma unroll
+      for (int i = 0; i < in_flight; ++i) vectors[i] = data[done + i * threads];
+#pragma unroll
+      for (int i = 0; i < in_flight; ++i) {
+        Stored values[per_vector];
+        __builtin_memcpy(values, &vectors[i], sizeof(Vector));
+#pragma unroll
+        for (int k = 0; k < per_vector; ++k) sums.add<Codec>(values[k]);
+      }
+    }
+  } else {
+    const Stored* const data = global<Stored>(grad) + begin;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count; i += threads) sums.add<Codec>(data[i]);
+  }
+}
+
+// What a 2-norm is, whichever of its sums neither overflowed nor vanished.
+FO_DEVICE double norm_of(double plain, double huge, double tiny) {
+  if (plain > 0x1p1020 && huge > 0) return sqrt(huge) * huge_scale;
+  if (plain < 0x1p-960 && tiny > 0) return sqrt(tiny) * tiny_scale;
+  return sqrt(plain);
+}
+
+__global__ void __launch_bounds__(threads) of_all(const NormArguments args) {
+  Sums narrow, wide;
+  for (int chunk = blockIdx.x; chunk < args.num_chunks; chunk += gridDim.x) {
+    const int entry = args.entry_of[chunk];
+    void* const grad = args.grads[entry];
+    if (grad == nullptr) continue;
+    const int64_t begin = int64_t(args.index_of[chunk]) * chunk_elements;
+    const int count = int(min(int64_t(chunk_elements), args.numel[entry] - begin));
+    with_codec<double>(DType(args.formats[entry] >> 8), [&](auto codec) {
+      using Codec = decltype(codec);
+      add_chunk<Codec>(sizeof(typename Codec::stored) == 8 ? wide : narrow, grad, begin, count);
+    });
+  }
+  // Of narrow values only infinity counts among the huge.
+  const double plain = block_sum(narrow.plain + wide.plain);
+  const double huge = block_sum(narrow.plain * tiny_scale * tiny_scale + wide.huge);
+  const double tiny = block_sum(wide.tiny);
+  double* const partials = args.partials;
+  if (threadIdx.x == 0) {
+    double* const own = partials + args.first_partial + blockIdx.x;
+    own[0] = plain;
+    own[args.num_partials] = huge;
+    own[2 * args.num_partials] = tiny;
+  }
+
+  if (!is_last_block(args.ticket) || !args.is_final) return;
+  Sums all;
+  for (int i = threadIdx.x; i < args.num_partials; i += threads) {
+    all.plain += __ldcg(partials + i);  // past the L1 cache, which may hold what was there before
+    all.huge += __ldcg(partials + args.num_partials + i);
+    all.tiny += __ldcg(partials + 2 * args.num_partials + i);
+  }
+  const double sums[] = {block_sum(all.plain), block_sum(all.huge), block_sum(all.tiny)};
+  if (threadIdx.x != 0) return;
+  double coef = args.previous[0] / double(*args.grad_scale);
+  const double total = norm_of(sums[0], sums[1], sums[2]) * fabs(coef);
+  const double limit = *args.max_norm, clip = limit / (total + 1e-6);
+  if (!(limit == HUGE_VAL || clip >= 1)) coef *= clip;
+  args.control[0] = coef;
+  args.control[1] = total < HUGE_VAL ? 0 : 1;  // nor NaN
+  if (args.is_norm_double) {
+    *static_cast<double*>(args.norm) = total;
+  } else {
+    *static_cast<float*>(args.norm) = float(total);
+  }
+}
+
+}  // namespace
+
+const NormKernel global_norm = &of_all;
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,158 @@
+// The kernel that runs any rule over any number of tensors. No formula is here.
+#pragma once
+
+#include <utility>
+
+#include "../rules/all.h"
+#include "block.cuh"
+
+namespace fusedopt::cuda {
+namespace {
+
+// Rows of the table of addresses: the parameter, the rule's states, the step count, the extra scalar.
+constexpr int param_row = 0, first_state_row = 1;
+
+// One entry's column of the table.
+struct Column {
+  void* const* first;
+  int64_t num_entries;
+
+  FO_DEVICE Column(const UpdateArguments& args, int entry) : first(args.addresses + entry), num_entries(args.num_entries) {}
+  FO_DEVICE void* operator[](int row) const { return first[row * num_entries]; }
+};
+
+template <class Rule, class T>
+struct Update {
+  static constexpr int num_states = sizeof(Rule::stores) / sizeof(bool);
+  static constexpr int step_row = first_state_row + num_states, extra_row = step_row + 1;
+  static constexpr int num_hyper = sizeof(typename Rule::Hyper) / sizeof(double);
+  static constexpr DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;  // of states, and computed in
+
+  // What an entry's scalars depend on. Neighbours mostly agree.
+  struct Key {
+    int group;
+    float step;
+    double extra;
+
+    FO_DEVICE bool operator==(const Key& other) const {
+      return group == other.group && step == other.step && extra == other.extra;
+    }
+  };
+
+  FO_DEVICE static Key key_of(const UpdateArguments& args, int entry, const Column& column) {
+    void* const extra = column[extra_row];
+    return {args.group_of[entry], *global<float>(column[step_row]) + 1, extra == nullptr ? 0.0 : double(*global<T>(extra))};
+  }
+
+  // The rule's scalars in this step, and what becomes of the extra one.
+  FO_DEVICE static Rule prepare(const UpdateArguments& args, const Key& key, double& extra) {
+    const double* const hyper = args.hyper + key.group * (num_hyper + 1);
+    const double grad_coef = hyper[num_hyper] * args.control[0] / double(*args.grad_scale);
+    extra = key.extra;
+    return Rule::prepare(*reinterpret_cast<const typename Rule::Hyper*>(hyper), grad_coef, key.step, extra);
+  }
+
+  template <bool by_vectors, int... state>
+  FO_DEVICE static void stretch(const Rule& rule, const Stretch<T>& stretch, const Column& column, void* grad_address,
+                                DType param_dtype, DType grad_dtype, std::integer_sequence<int, state...>) {
+    constexpr int count = Stretch<T>::per_part;
+    Part<T, by_vectors> param, grad, states[num_states];
+#pragma unroll 1
+    for (int part = 0; part < stretch.parts; ++part) {
+      param.load(stretch, part, column[param_row], param_dtype);
+      grad.load(stretch, part, grad_address, grad_dtype);
+      ((Rule::stores[state] ? states[state].load(stretch, part, column[first_state_row + state], dtype) : void()), ...);
+      T param_values[count], grad_values[count], state_values[num_states][count];
+      param.decode(param_dtype, param_values);
+      grad.decode(grad_dtype, grad_values);
+      ((Rule::stores[state] ? states[state].decode(dtype, state_values[state]) : void()), ...);
+#pragma unroll
+      for (int i = 0; i < count; ++i) rule(param_values[i], grad_values[i], state_values[state][i]...);
+      param.encode(param_dtype, param_values);
+      param.store(stretch, part, column[param_row], param_dtype);
+      ((Rule::stores[state] ? states[state].encode(dtype, state_values[state]) : void()), ...);
+      ((Rule::stores[state] ? states[state].store(stretch, part, column[first_state_row + state], dtype) : void()), ...);
+    }
+  }
+
+  template <int... state>
+  FO_DEVICE static void chunk(const UpdateArguments& args, const Rule& rule, int chunk, int entry, const Column& column,
+                              std::integer_sequence<int, state...> all_states) {
+    void* const grad = args.grads[entry];
+    const DType param_dtype = DType(args.formats[entry] & 0xff), grad_dtype = DType(args.formats[entry] >> 8);
+    const bool is_aligned = is_vector(column[param_row]) && is_vector(grad) &&
+                            (... && (!Rule::stores[state] || is_vector(column[first_state_row + state]))) && 
+                            (sizeof(T) == 4 || grad_dtype == dtype);
+    Stretch<T> part;
+    part.begin = int64_t(args.index_of[chunk]) * chunk_elements;
+    part.has_halves = itemsize(param_dtype) == 2 || itemsize(grad_dtype) == 2;
+    int left = int(min(int64_t(chunk_elements), args.numel[entry] - part.begin));
+    for (; left > 0; left -= Stretch<T>::elements, part.begin += Stretch<T>::elements) {
+      part.count = min(left, Stretch<T>::elements);
+      if (is_aligned && part.count == Stretch<T>::elements) {
+        stretch<true>(rule, part, column, grad, param_dtype, grad_dtype, all_states);
+      } else {
+        stretch<false>(rule, part, column, grad, param_dtype, grad_dtype, all_states);
+      }
+    }
+  }
+};
+
+// Blocks that a multiprocessor must have room for: as many as fit without spilling registers.
+template <class Rule, class T>
+constexpr int min_blocks() {
+  int num_kept = 0;
+  for (int state = 0; state < Update<Rule, T>::num_states; ++state) num_kept += Rule::stores[state];
+  return sizeof(T) == 8 ? 4 : num_kept <= 1 ? 6 : 5;
+}
+
+// One step of every entry that has a gradient; none, if one of them is known not to be finite: that is then counted.
+template <class Rule, class T>
+__global__ void __launch_bounds__(threads, (min_blocks<Rule, T>())) update(const UpdateArguments args) {
+  using Of = Update<Rule, T>;
+  if (*args.found_inf != 0 || (args.skips_nonfinite && args.control[1] != 0)) {
+    if (args.counts_skip && blockIdx.x == 0 && threadIdx.x == 0) ++*args.skipped;
+    return;
+  }
+  __shared__ Rule shared_rule;
+  __shared__ typename Of::Key known;
+  if (threadIdx.x == 0) known.group = -1;
+  __syncthreads();
+  double unused;
+  // Backwards, because the norm went forwards: the gradients that it read last are still in the cache.
+  for (int chunk = args.num_chunks - 1 - int(blockIdx.x); chunk >= 0; chunk -= gridDim.x) {
+    const int entry = args.entry_of[chunk];
+    if (args.grads[entry] == nullptr) continue;
+    const Column column(args, entry);
+    const typename Of::Key key = Of::key_of(args, entry, column);
+    if (!(key == known)) {
+      __syncthreads();  // all threads are done with the last one
+      if (threadIdx.x == 0) shared_rule = Of::prepare(args, key, unused), known = key;
+      __syncthreads();
+    }
+    Of::chunk(args, shared_rule, chunk, entry, column, std::make_integer_sequence<int, Of::num_states>());
+  }
+  // Step counts move when no block reads them any more.
+  if (!is_last_block(args.ticket)) return;
+  for (int entry = threadIdx.x; entry < args.num_entries; entry += threads) {
+    if (args.grads[entry] == nullptr) continue;
+    const Column column(args, entry);
+    if (column[Of::extra_row] != nullptr) {
+      double extra;
+      Of::prepare(args, Of::key_of(args, entry, column), extra);
+      *global<T>(column[Of::extra_row]) = T(extra);
+    }
+    *global<float>(column[Of::step_row]) += 1;
+  }
+}
+
+template <class T>
+constexpr UpdateKernel updates[num_rules] = {
+#define FO_UPDATE(name, ...) &update<__VA_ARGS__, T>,
+    FO_RULES(FO_UPDATE)
+#undef FO_UPDATE
+};
+
+}  // namespace
+
+}  // namespace fusedopt::cuda

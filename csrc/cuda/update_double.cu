@@ -1,0 +1,7 @@
+#include "update.cuh"
+
+namespace fusedopt::cuda {
+
+const UpdateKernel* const updates_in_double = updates<double>;
+
+}

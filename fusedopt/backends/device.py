@@ -1,0 +1,376 @@
+"""What both kinds of GPU kernels (cuda.py, triton.py) need of the host: tables in device memory, and no waiting for the device.
+
+A step is one launch for the norm, if that is asked for, and one for the update, for each combination of what a backend wants
+apart (`Bucket.key`). The tables are described in kernels/engine.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import struct
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusedopt.backends.cpu import table_of, with_gradient
+from fusedopt.backends.reference import as_real, first_nonfinite
+from fusedopt.extension import _C
+from fusedopt.rules import Rule
+
+if TYPE_CHECKING:
+    from fusedopt.plan import Entry
+
+Upload = Callable[[torch.Tensor], torch.Tensor]
+# What captured graphs read, for good: nobody says when a graph is gone.
+_captured: list[Any] = []
+GRAD = -1  # slot of the gradient, whose addresses are apart; others are rows of the kernels' table
+
+
+def grad_dtype(entry: Entry) -> torch.dtype:
+    """Of the gradient, or expected of the first one; of the real numbers, where it is complex."""
+    return as_real(entry.param.detach() if entry.param.grad is None else entry.param.grad).dtype
+
+
+def num_chunks(entries: Sequence[Entry], chunk: int) -> int:
+    """In how many pieces of at most so many elements their tensors come."""
+    return sum(-(as_real(entry.param.detach()).numel() // -chunk) for entry in entries)
+
+
+class Kernels(ABC):
+    """The norm and the update of one table, ready to be launched.
+
+    Arguments are those of the kernels, by name; tensors stand for their addresses.
+    """
+
+    chunk: int  # elements of one tensor that a program takes before it looks for more
+    norm_programs: int  # how many programs run, at least one
+    tables: Mapping[str, torch.Tensor]  # what they take beside the tables that all do, on the host
+
+    @abstractmethod
+    def norm(self, arguments: dict[str, Any]) -> None: ...
+
+    def prepare_update(self, arguments: dict[str, Any]) -> None:  # noqa: B027  most have nothing to do
+        """What can fail before the first launch does, so that nothing is written then."""
+
+    @abstractmethod
+    def update(self, arguments: dict[str, Any]) -> None: ...
+
+
+class Bucket(ABC):
+    """Entries on one device, in one table for each key."""
+
+    is_asynchronous = True
+
+    def __init__(self, rule: Rule, entries: Sequence[Entry]):
+        self.entries = list(entries)
+        self.has_launched = False
+        self._params = [entry.param for entry in self.entries]
+        self._rule = rule
+        # Idle parameters, which are only watched, may be elsewhere.
+        self.device = next((entry for entry in self.entries if not entry.is_idle), self.entries[0]).param.device
+        self._watch = table_of(self.entries, is_host=self.device.type == "cpu") if _C else None
+        self._is_used = False  # nothing watches without the extension: then good for one step
+        self._is_captured = False  # what was uploaded is there only when a graph is replayed
+        self._stream: int | None = None
+        self._grads_seen: bytes | None = None
+        self._hyper_seen: list[list] | None = None
+        self._constants: dict[Any, torch.Tensor] = {}
+        tables: dict[tuple, list[tuple[int, Entry]]] = {}
+        for position, entry in enumerate(entry for entry in self.entries if not entry.is_idle):
+            tables.setdefault(self.key(entry), []).append((position, entry))
+        self._tables = [
+            _Table(of_table, self.kernels([entry for _, entry in of_table])) for of_table in tables.values()
+        ]
+
+    @abstractmethod
+    def key(self, entry: Entry) -> Hashable:
+        """Entries of different keys are launched apart."""
+
+    @abstractmethod
+    def kernels(self, entries: list[Entry]) -> Kernels:
+        """Those of the entries of one table.
+
+        Raises:
+            RuntimeError: they cannot run on the device.
+        """
+
+    # ---- what a step needs on the device -----------------------------------------------------------------------
+
+    def refresh(self) -> bool:
+        if self._is_used or (self._watch is not None and not self._watch.refresh(torch.get_num_threads())):
+            return False
+        if not self._tables:
+            return True
+        with self._on_device():
+            stream = _current_stream(self.device)
+            if stream != self._stream:  # what was uploaded on another stream may not have arrived
+                self._stream, self._grads_seen, self._hyper_seen, self._constants = stream, None, None, {}
+                for table in self._tables:
+                    table.upload_chunks(self._upload)
+                programs = sum(table.kernels.norm_programs for table in self._tables)
+                self._partials = torch.zeros((3, programs), dtype=torch.float64, device=self.device)
+                self._ticket = torch.zeros((), dtype=torch.int32, device=self.device)
+                for table in self._tables:
+                    table.upload_addresses(self._upload)
+            addresses = self._grad_addresses()
+            has_copies = any([table.stage(self._upload) for table in self._tables])  # noqa: C419  each must make its own
+            if addresses != self._grads_seen or has_copies:
+                for table in self._tables:
+                    table.upload_grads(self._upload, addresses)
+            self._grads_seen = None if has_copies else addresses
+        return True
+
+    def release(self) -> None:
+        self._is_used = self._watch is None
+        if self._is_captured:
+            self._stream, self._is_captured = None, False
+        if self._watch is not None:
+            self._watch.release()
+        for table in self._tables:
+            table.unstage()
+
+    def _grad_addresses(self) -> bytes:
+        """int64, of the entries that are not idle; 0: no gradient, 1: one without elements."""
+        if self._watch is not None:
+            return self._watch.grad_addresses()
+        grads = [entry.param.grad for entry in self.entries if not entry.is_idle]
+        return struct.pack(f"{len(grads)}q", *(0 if grad is None else grad.data_ptr() or 1 for grad in grads))
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether what is launched now goes into a CUDA graph."""
+        with self._on_device():
+            return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _on_device(self) -> contextlib.AbstractContextManager:
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        return torch.cuda.device(self.device)
+
+    def _upload(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy on the device, without waiting for it. New memory each time, as a kernel may still read the old."""
+        if self.device.type == "cpu":
+            return values.clone()
+        pinned = values.pin_memory()
+        copy = pinned.to(self.device, non_blocking=True)
+        if self.is_capturing:
+            _captured.append(pinned)  # every replay of the graph copies again
+            self._is_captured = True
+        return copy
+
+    def _launch(self, launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any]) -> None:
+        if self.is_capturing:
+            _captured.append(arguments)  # every replay reads these tables again, whatever became of the plan
+        launch(arguments)
+
+    def _constant(self, value: Any, dtype: torch.dtype) -> torch.Tensor:
+        """A 0-d tensor on the device: of a number, or of a tensor that is somewhere."""
+        if isinstance(value, torch.Tensor):
+            return value.detach().to(device=self.device, dtype=dtype, non_blocking=True).reshape(())
+        if (value, dtype) not in self._constants:
+            if len(self._constants) > 16:
+                self._constants.clear()
+            self._constants[value, dtype] = self._upload(torch.tensor(value, dtype=dtype, device="cpu"))
+        return self._constants[value, dtype]
+
+    def _unclipped(self) -> torch.Tensor:
+        """The control that changes nothing."""
+        if None not in self._constants:
+            self._constants[None] = self.control(1.0, True)
+        return self._constants[None]
+
+    def control(self, coef: float, is_finite: bool) -> torch.Tensor:
+        """What gradients are multiplied with, and whether their norm is finite, on the device (kernels/engine.py)."""
+        return self._upload(torch.tensor([coef, float(not is_finite)], dtype=torch.float64, device="cpu"))
+
+    # ---- norm and update ---------------------------------------------------------------------------------------
+
+    def measure(
+        self, max_norm: float, previous: torch.Tensor | None, grad_scale: float | torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of the unscaled gradients, 0-d of ``dtype``, and the control (see kernels/engine.py) that clips it."""
+        if not self._tables:
+            return torch.zeros((), dtype=dtype, device=self.device), self._unclipped()
+        norm = torch.empty((), dtype=dtype, device=self.device)
+        control = torch.empty(2, dtype=torch.float64, device=self.device)
+        first = 0
+        with self._on_device():
+            step_wide = dict(
+                partials=self._partials, num_partials=self._partials.shape[1], ticket=self._ticket,
+                max_norm=self._constant(max_norm, torch.float64),
+                previous=self._unclipped() if previous is None else previous,
+                grad_scale=self._constant(grad_scale, torch.float32), norm=norm, control=control,
+            )  # fmt: skip
+            for table in self._tables:
+                own = dict(first_partial=first, is_final=int(table is self._tables[-1]))
+                self._launch(table.kernels.norm, {**table.arguments, **step_wide, **own})
+                first += table.kernels.norm_programs
+        return norm, control
+
+    def grad_norm(self) -> float:
+        return float(self.measure(float("inf"), None, 1.0, torch.float64)[0])
+
+    def first_nonfinite(self) -> int:
+        return first_nonfinite(self.entries)
+
+    def update(
+        self,
+        scalars: Sequence[Sequence[float]],
+        grad_coefs: Sequence[float],
+        control: torch.Tensor | None = None,
+        grad_scale: float | torch.Tensor = 1.0,
+        found_inf: float | torch.Tensor = 0.0,
+        skips_nonfinite: bool = False,
+        skipped: torch.Tensor | None = None,
+    ) -> None:
+        """One step. What gradients are multiplied with beside ``grad_coefs``, and whether, the device finds out itself."""
+        if not self._tables:
+            return
+        with self._on_device():
+            self._set_hyper([[*row, coef] for row, coef in zip(scalars, grad_coefs, strict=True)])
+            step_wide = dict(
+                hyper=self._hyper, control=self._unclipped() if control is None else control,
+                grad_scale=self._constant(grad_scale, torch.float32),
+                found_inf=self._constant(found_inf, torch.float32), skips_nonfinite=int(skips_nonfinite),
+                skipped=self._constant(0, torch.int64) if skipped is None else skipped,  # not written to if None
+                ticket=self._ticket,
+            )  # fmt: skip
+            launches = []
+            for table in self._tables:
+                counts_skip = int(skipped is not None and table is self._tables[0])
+                arguments = {**table.arguments, **table.update_arguments, **step_wide, "counts_skip": counts_skip}
+                if not self.has_launched:
+                    table.kernels.prepare_update(arguments)
+                launches.append((table, arguments))
+            if self._watch is not None:
+                written = with_gradient(self._watch, self._params)
+            else:
+                written = [param for param in self._params if param.grad is not None]
+            with _uninterrupted():
+                for table, arguments in launches:
+                    self._launch(table.kernels.update, arguments)
+                    self.has_launched = True
+                for table in self._tables:
+                    table.write_back()
+                # Autograd must notice that a tensor it saved has changed.
+                torch.autograd.graph.increment_version(written)
+
+    def _set_hyper(self, rows: list[list]) -> None:
+        """Hyperparameters on the device. Those that are tensors there are copied in every step: they may have changed."""
+        numbers = [[0.0 if isinstance(value, torch.Tensor) else value for value in row] for row in rows]
+        if numbers != self._hyper_seen:
+            self._hyper = self._upload(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+            self._hyper_seen = numbers
+        for row, values in enumerate(rows):
+            for column, value in enumerate(values):
+                if isinstance(value, torch.Tensor):
+                    self._hyper[row, column].copy_(value.detach().reshape(()), non_blocking=True)
+
+
+class _Table:
+    """Entries of one kernel and one set of dtypes, as the kernels see them.
+
+    Args:
+        entries: each with its position among the bucket's entries that are not idle.
+    """
+
+    def __init__(self, entries: list[tuple[int, Entry]], kernels: Kernels):
+        self.kernels = kernels
+        self._positions = torch.tensor([position for position, _ in entries], device="cpu")
+        self._entries = [entry for _, entry in entries]
+        self._strided = [(index, entry) for index, entry in enumerate(self._entries) if entry.is_strided]
+        self._staged: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []  # slot, entry, tensor, copy
+        # Of both kernels, and what only the update takes beside them; by name.
+        self.arguments: dict[str, Any] = {}
+        self.update_arguments: dict[str, Any] = {}
+
+    # ---- tensors of which not all have their elements in the same order ----------------------------------------
+
+    @torch.no_grad()
+    def stage(self, upload: Upload) -> bool:
+        """Copies the tensors that do not have their elements in the parameter's order. False: there are none."""
+        self._staged = []
+        for index, entry in self._strided:
+            if entry.param.grad is None:
+                continue
+            param = as_real(entry.param.detach())
+            for slot, tensor in [(GRAD, entry.param.grad), (0, entry.param.detach()), *enumerate(entry.states, 1)]:
+                if tensor is not None:
+                    tensor = as_real(tensor)
+                    copy = torch.empty_like(param, dtype=tensor.dtype)  # dense; in the parameter's order if that is too
+                    if copy.stride() != tensor.stride():
+                        self._staged.append((slot, index, tensor, copy.copy_(tensor)))
+        if self._staged:
+            self.upload_addresses(upload)
+        return bool(self._staged)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Brings what an update wrote into copies to where it belongs."""
+        for slot, _, tensor, copy in self._staged:
+            if slot != GRAD:
+                tensor.copy_(copy)
+
+    def unstage(self) -> None:
+        """Lets go of the copies."""
+        self._staged = []
+
+    # ---- tables ------------------------------------------------------------------------------------------------
+
+    def upload_chunks(self, upload: Upload) -> None:
+        """The tables that stay as they are."""
+        chunk = self.kernels.chunk
+        numel = torch.tensor([as_real(entry.param.detach()).numel() for entry in self._entries], device="cpu")
+        counts = (numel + chunk - 1) // chunk
+        entry_of = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32, device="cpu"), counts)
+        first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        index_of = (torch.arange(len(entry_of), device="cpu") - first).to(torch.int32)
+        group_of = torch.tensor([entry.group for entry in self._entries], dtype=torch.int32, device="cpu")
+        tables = {"entry_of": entry_of, "index_of": index_of, "numel": numel, **self.kernels.tables}
+        self.arguments = {name: upload(table) for name, table in tables.items()}
+        self.arguments["num_chunks"] = len(entry_of)
+        self.update_arguments = {"group_of": upload(group_of), "num_entries": len(self._entries)}
+
+    def upload_addresses(self, upload: Upload) -> None:
+        """Where parameters, states and scalars lie."""
+        rows = [[entry.param, *entry.states, entry.step, entry.extra] for entry in self._entries]
+        addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows]
+        addresses = torch.tensor(addresses, dtype=torch.int64, device="cpu").t().contiguous()
+        for slot, index, _, copy in self._staged:
+            if slot != GRAD:
+                addresses[slot, index] = copy.data_ptr()
+        self.update_arguments["addresses"] = upload(addresses)
+
+    def upload_grads(self, upload: Upload, addresses: bytes) -> None:
+        """Where the gradients of this step lie."""
+        grads = torch.frombuffer(bytearray(addresses), dtype=torch.int64)[self._positions]
+        for slot, index, _, copy in self._staged:
+            if slot == GRAD:
+                grads[index] = copy.data_ptr()
+        self.arguments["grads"] = upload(grads)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of it: a step of several launches is done or not done."""
+    known = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or known is None:
+        yield
+        return
+    came = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, known)
+    if came:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _current_stream(device: torch.device) -> int:
+    """What identifies the stream that work on a device goes to now."""
+    return 0 if device.type == "cpu" else torch.cuda.current_stream(device).stream_id
