@@ -1,7 +1,8 @@
-"""Compiles every variant of the Triton kernels for GPUs that need not be there, and says what came out.
+"""What compilers make of the GPU kernels, for GPUs that need not be there: registers, spills, wide accesses.
 
-    python -m tests.compile_kernels            table of registers, wide accesses and spills, for the usual targets
-    python -m tests.compile_kernels --all      for all targets
+    python -m tests.compile_kernels            of every Triton kernel compiled for the usual targets, and of the CUDA kernels
+                                               in the installed object
+    python -m tests.compile_kernels --all      Triton's for all targets
     python -m tests.compile_kernels --write    and keeps it as tests/compiled_kernels.json
 
 A process of its own, because the kernels are either compiled or interpreted, which is decided when they are imported.
@@ -11,6 +12,7 @@ import argparse
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -86,25 +88,65 @@ def compile_variant(variant):
     gpu = GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, warp_size)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in pointers}
     compiled = triton.compile(ASTSource(function, signature, constants, aligned), target=gpu, options=options)
-    return name_of(*variant), _cuda_facts(triton, compiled) if is_cuda else _hip_facts(compiled)
+    return name_of(*variant), _cuda_facts(compiled) if is_cuda else _hip_facts(compiled)
 
 
-def _cuda_facts(triton, compiled):
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+def tool(name):
+    """One of NVIDIA's binary tools; the Triton package has them."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / name
+
+
+def _cuda_facts(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         code, usage = (
-            subprocess.run([tools / tool, *arguments, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, arguments in (("nvdisasm", []), ("cuobjdump", ["-res-usage"]))
+            subprocess.run([tool(name), *arguments, file.name], capture_output=True, text=True, check=True).stdout
+            for name, arguments in (("nvdisasm", []), ("cuobjdump", ["-res-usage"]))
         )
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return _facts_of_code(code, *re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+
+
+def _facts_of_code(code, registers, stack):
     return {
         "registers": int(registers),
         "spilled": int(stack) + len(re.findall(r"\b(?:LDL|STL)", code)),
         "wide_loads": len(re.findall(r"\bLDG?\.E\.\S*128", code)),
         "wide_stores": len(re.findall(r"\bSTG?\.E\.\S*128", code)),
     }
+
+
+def nvcc_version():
+    """That of the nvcc a build would take, or None."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\S+),", text).group(1)
+
+
+def cuda_kernels(path):
+    """(name, code, what the compiler made of it) of every kernel in an object that nvcc made, for each of its targets."""
+    by_target = {}
+    for option in ("-sass", "-res-usage"):
+        text = subprocess.run([tool("cuobjdump"), option, path], capture_output=True, text=True, check=True).stdout
+        # Code for a target begins with a line that names it; virtual code, which has no registers, is left out.
+        for part in re.split(r"(?m)^Fatbin (?=elf code|ptx code)", text):
+            target = re.search(r"(?m)^arch = (\S+)", part)
+            if target and part.startswith("elf code"):
+                for function in re.split(r"Function\s*:?\s*(?=_Z)", part)[1:]:
+                    symbol, body = re.match(r"(\w+):?(.*)", function, flags=re.S).groups()
+                    by_target.setdefault((target.group(1), symbol), {})[option] = body
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(symbol for _, symbol in by_target), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for ((target, _), of_kernel), name in zip(by_target.items(), names, strict=True):
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", of_kernel["-res-usage"]).groups()
+        rule = re.search(r"update<fusedopt::(.+), \w+>\(", name)
+        short = f"{target} {rule.group(1) if rule else 'global_norm'}"
+        yield short, of_kernel["-sass"], _facts_of_code(of_kernel["-sass"], registers, stack)
 
 
 def _hip_facts(compiled):
@@ -130,18 +172,26 @@ def main(arguments):
     options = parser.parse_args(arguments)
     import triton
 
+    from fusedopt.backends import cuda
+
     todo = [*variants((*TARGETS, *MORE_TARGETS) if options.all else TARGETS, options.all)]
     with ProcessPoolExecutor(options.jobs) as pool:
-        facts = dict(pool.map(compile_variant, todo, chunksize=4))
-    result = {"triton": triton.__version__, "kernels": facts}
+        result = {f"triton {triton.__version__}": dict(pool.map(compile_variant, todo, chunksize=4))}
+    if cuda.LIBRARY.exists():
+        result[f"nvcc {nvcc_version()}"] = {name: facts for name, _, facts in cuda_kernels(cuda.LIBRARY)}
     if options.json:
         print(json.dumps(result))
     else:
-        for name, values in facts.items():
-            print(f"{name:<32}", *(f"{key} {value:<4}" for key, value in values.items()))
+        for compiler, kernels in result.items():
+            print(compiler)
+            for name, values in kernels.items():
+                print(f"  {name:<44}", *(f"{key} {value:<4}" for key, value in values.items()))
     if options.write:
-        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in facts.items())
-        TABLE.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+        blocks = []
+        for compiler, kernels in result.items():
+            lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in kernels.items())
+            blocks.append(f"  {json.dumps(compiler)}: {{\n{lines}\n  }}")
+        TABLE.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The CUDA kernels compiled for the host (tests/simt/), so that backend="cuda" runs on tensors in host memory.
 
-Imported before any optimizer is made; without a C++ compiler the backend stays what it is, and its tests are skipped.
+Imported, it stands in for the object that nvcc makes; it is compiled when it is first wanted. Without a C++ compiler the
+backend stays what it is, and its tests are skipped.
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import shutil
@@ -13,41 +15,58 @@ from pathlib import Path
 from fusedopt.backends import cuda
 
 ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get("CXX", "c++")
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing",
     "-Wall", "-Wno-unknown-pragmas",
 )  # fmt: skip
 
 
-def build(flags=FLAGS):
+@functools.cache
+def build():
     """Path of the object, compiled anew if a source has changed."""
-    headers = [
-        *ROOT.glob("csrc/cuda/*"),
-        *ROOT.glob("csrc/rules/*"),
-        ROOT / "csrc/storage.h",
-        *ROOT.glob("tests/simt/*"),
-    ]
-    digest = hashlib.sha256(" ".join(flags).encode())
-    for path in sorted(headers):
+    read = [*ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/rules/*"), ROOT / "csrc/storage.h", *ROOT.glob("tests/simt/*")]
+    digest = hashlib.sha256(" ".join([COMPILER, *FLAGS]).encode())
+    for path in sorted(read):
         digest.update(path.read_bytes())
     target = ROOT / "build" / f"cuda_on_host_{digest.hexdigest()[:12]}.so"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         for old in target.parent.glob("cuda_on_host_*.so"):
             old.unlink()
-        sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "tests/simt/simt.cpp"]
         unfinished = target.with_suffix(f".{os.getpid()}")
-        compiler = os.environ.get("CXX", "c++")
-        command = [compiler, *flags, f"-I{ROOT / 'tests/simt'}", "-x", "c++", *sources, "-o", unfinished]
-        subprocess.run(command, check=True)
+        compile_kernel_code(unfinished, *sorted(ROOT.glob("csrc/cuda/*.cu")))
         unfinished.replace(target)  # at once, as another process may be waiting for it
     return target
 
 
+def compile_kernel_code(target, *sources):
+    """Into an object in which kernels run on the host.
+
+    Raises:
+        SyntaxError: with what the compiler says.
+    """
+    simt = Path(__file__).parent / "simt"
+    command = [COMPILER, *FLAGS, f"-I{simt}", "-x", "c++", *sources, simt / "simt.cpp", "-o", target]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SyntaxError(result.stderr)
+
+
+class Built:
+    """In the place of a path: what there is when somebody asks."""
+
+    def exists(self):
+        return build().exists()
+
+    def __str__(self):
+        return str(build())
+
+
 def fail(call, after=0):
     """Lets that CUDA call fail, after so many that succeed; None: none."""
-    ctypes.CDLL(str(cuda.LIBRARY)).simt_fail(None if call is None else call.encode(), after)
+    ctypes.CDLL(str(build())).simt_fail(None if call is None else call.encode(), after)
 
 
-if shutil.which(os.environ.get("CXX", "c++")):
-    cuda.LIBRARY = build()
+if shutil.which(COMPILER):
+    cuda.LIBRARY = Built()

@@ -28,7 +28,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FORMULA = "test_formula.py::test_header_in_double_is_the_reference_in_float64"
-TRITON = "test_triton.py::test_kernels_are_the_reference_to_rounding"
+CUDA = "test_device.py::test_kernels_are_the_reference_to_rounding[cuda-AdamW(weight_decay=0.125)]"
+CUDA_HALVES = "test_device.py::test_kernels_take_every_dtype[cuda-AdamW(weight_decay=0.125)-bfloat16-bfloat16]"
+TRITON = "test_device.py::test_kernels_are_the_reference_to_rounding"
 SAME_AS_TORCH = "test_torch_contract.py::test_comes_to_the_same_as_torch"
 
 
@@ -508,49 +510,49 @@ MUTANTS = [
             "kernels/rules.py",
             "1 - power(beta1, step), 1.0)",
             "1 - power(beta1, step + 1), 1.0)",
-            f"{TRITON}[AdamW(weight_decay=0.125)]",
+            f"{TRITON}[triton-AdamW(weight_decay=0.125)]",
         ),
         (
             "Triton: maximum of AMSGrad not kept",
             "kernels/rules.py",
             "        max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)\n",
             "        max_exp_avg_sq = exp_avg_sq\n",
-            f"{TRITON}[AdamW(weight_decay=0.125,amsgrad=True)]",
+            f"{TRITON}[triton-AdamW(weight_decay=0.125,amsgrad=True)]",
         ),
         (
             "Triton: dampening in the first step too",
             "kernels/rules.py",
             "one_minus_dampening = tl.where(is_first, 1.0, 1 - dampening)",
             "one_minus_dampening = 1 - dampening",
-            f"{TRITON}[SGD(momentum=0.9,dampening=0.3,weight_decay=0.125)]",
+            f"{TRITON}[triton-SGD(momentum=0.9,dampening=0.3,weight_decay=0.125)]",
         ),
         (
             "Triton: 0.96 as float32",
             "kernels/rules.py",
             "base = tl.full((), 0.96, tl.float64)",
             "base = tl.full((), 0.96, tl.float32)",
-            "test_triton.py::test_kernels_take_every_dtype[NAdam(weight_decay=0.125)-float64-float64]",
+            "test_device.py::test_kernels_take_every_dtype[triton-NAdam(weight_decay=0.125)-float64-float64]",
         ),
         (
             "Triton: last block of a chunk left out",
             "kernels/engine.py",
             "                    for done in range(0, CHUNK, BLOCK):\n",
             "                    for done in range(0, CHUNK - BLOCK, BLOCK):\n",
-            f"{TRITON}[AdamW(weight_decay=0.125)]",
+            f"{TRITON}[triton-AdamW(weight_decay=0.125)]",
         ),
         (
             "Triton: last element of a tail left out",
             "kernels/engine.py",
             "tl.store(pointer + offsets, values, mask=offsets < limit)",
             "tl.store(pointer + offsets, values, mask=offsets < limit - 1)",
-            f"{TRITON}[AdamW(weight_decay=0.125)]",
+            f"{TRITON}[triton-AdamW(weight_decay=0.125)]",
         ),
         (
             "Triton: a tail written as a whole block",
             "kernels/engine.py",
             "tl.store(pointer + offsets, values, mask=offsets < limit)",
             "tl.store(pointer + offsets, values, mask=offsets < limit + 1)",
-            "test_triton.py::test_nothing_outside_a_tensor_is_written",
+            "test_device.py::test_nothing_outside_a_tensor_is_written[triton]",
         ),
         (
             "Triton: programs take the first chunk only",
@@ -564,49 +566,260 @@ MUTANTS = [
             "kernels/engine.py",
             "    if is_skipped:\n",
             "    if is_skipped & (num_entries < 0):\n",
-            "test_triton.py::test_the_device_decides_to_skip_and_counts",
+            "test_device.py::test_the_device_decides_to_skip_and_counts[triton]",
         ),
         (
             "Triton: squares of float32 in float32",
             "kernels/engine.py",
             "values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)",
             "values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE)\n    values = (values * values).to(tl.float64)",
-            "test_triton.py::test_squares_of_float32_neither_overflow_nor_vanish[1e+20]",
+            "test_device.py::test_squares_of_float32_neither_overflow_nor_vanish[triton-1e+20]",
         ),
         (
             "Triton: ticket not given back",
             "kernels/engine.py",
             "        if _is_last_program(ticket):\n            tl.store(ticket, 0)\n            first = 0",
             "        if _is_last_program(ticket):\n            first = 0",
-            f"{TRITON}[AdamW(weight_decay=0.125)]",
+            f"{TRITON}[triton-AdamW(weight_decay=0.125)]",
         ),
         (
-            "Triton: gradient addresses of the first step for ever",
-            "fusedopt/backends/triton.py",
+            "GPU: gradient addresses of the first step for ever",
+            "fusedopt/backends/device.py",
             "if addresses != self._grads_seen or has_copies:",
             "if self._grads_seen is None or has_copies:",
-            "test_triton.py::test_tables_are_kept_until_an_address_changes",
+            "test_device.py::test_tables_are_kept_until_an_address_changes[triton]",
         ),
         (
-            "Triton: hyperparameters of the first step for ever",
-            "fusedopt/backends/triton.py",
+            "GPU: hyperparameters of the first step for ever",
+            "fusedopt/backends/device.py",
             "if numbers != self._hyper_seen:",
             "if self._hyper_seen is None:",
-            "test_triton.py::test_tables_are_kept_until_an_address_changes",
+            "test_device.py::test_tables_are_kept_until_an_address_changes[triton]",
         ),
         (
-            "Triton: what was computed in copies is not brought back",
-            "fusedopt/backends/triton.py",
+            "GPU: what was computed in copies is not brought back",
+            "fusedopt/backends/device.py",
             "                tensor.copy_(copy)\n",
             "                copy.copy_(tensor)\n",
             "test_torch_contract.py::test_any_layout_steps_as_its_contiguous_clone[triton-every second element-float32]",
         ),
         (
-            "Triton: norm brought to the host in every step",
+            "GPU: norm brought to the host in every step",
             "fusedopt/clip.py",
             "            if self._pending is None:\n                self.grad_norm = norm\n",
             "            if self._pending is None:\n                self.grad_norm = norm\n                float(norm)\n",
-            "test_triton.py::test_no_step_waits_for_the_device[in the step-propagate]",
+            "test_device.py::test_no_step_waits_for_the_device[triton-in the step-propagate]",
+        ),
+        # -- csrc/cuda
+        (
+            "CUDA: last element of a tail left out",
+            "csrc/cuda/block.cuh",
+            "if (i * threads < left) data[i * threads] = get<Stored>(i);",
+            "if (i * threads < left - 1) data[i * threads] = get<Stored>(i);",
+            CUDA,
+        ),
+        (
+            "CUDA: a tail written one element too far",
+            "csrc/cuda/block.cuh",
+            "if (i * threads < left) data[i * threads] = get<Stored>(i);",
+            "if (i * threads < left + 1) data[i * threads] = get<Stored>(i);",
+            "test_device.py::test_nothing_outside_a_tensor_is_written[cuda]",
+        ),
+        (
+            "CUDA: second half of 16 bytes is the first again",
+            "csrc/cuda/block.cuh",
+            "words_[0] = vector.z, words_[1] = vector.w;",
+            "words_[0] = vector.x, words_[1] = vector.y;",
+            CUDA_HALVES,
+        ),
+        (
+            "CUDA: halves stored in the order they came last",
+            "csrc/cuda/block.cuh",
+            "make_uint4(first_[0], first_[1], words_[0], words_[1])",
+            "make_uint4(words_[0], words_[1], first_[0], first_[1])",
+            CUDA_HALVES,
+        ),
+        (
+            "CUDA: halves beside float32 not paired",
+            "csrc/cuda/block.cuh",
+            "(has_halves ? threadIdx.x * parts + part : threadIdx.x + part * threads)",
+            "(threadIdx.x + part * threads)",
+            "test_device.py::test_one_step_is_the_cpu_engines_within_two_ulp[cuda-AdamW(weight_decay=0.125)-bfloat16-bfloat16]",
+        ),
+        (
+            "CUDA: sum over half a warp",
+            "csrc/cuda/block.cuh",
+            "for (int distance = warp / 2; distance > 0;",
+            "for (int distance = warp / 2; distance > 1;",
+            CUDA,
+        ),
+        (
+            "CUDA: sum over all warps but the last",
+            "csrc/cuda/block.cuh",
+            "for (int i = 1; i < threads / warp; ++i)",
+            "for (int i = 1; i < threads / warp - 1; ++i)",
+            CUDA,
+        ),
+        (
+            "CUDA: no barrier before the warps' sums are read",
+            "csrc/cuda/block.cuh",
+            "  __syncthreads();\n  double sum = of_warp[0];",
+            "  double sum = of_warp[0];",
+            CUDA,
+        ),
+        (
+            "CUDA: no barrier before the warps' sums are overwritten",
+            "csrc/cuda/block.cuh",
+            "  __syncthreads();  // the sums of an earlier call have been read\n",
+            "",
+            "test_cuda.py::test_order_of_blocks_and_threads_changes_no_bit[AdamW]",
+        ),
+        (
+            "CUDA: no barrier before the last block is named",
+            "csrc/cuda/block.cuh",
+            "  __syncthreads();\n  return is_last;",
+            "  return is_last;",
+            CUDA,
+        ),
+        (
+            "CUDA: ticket not given back",
+            "csrc/cuda/block.cuh",
+            "    if (is_last) *ticket = 0;  // for the next launch\n",
+            "",
+            CUDA,
+        ),
+        (
+            "CUDA: last but one block taken for the last",
+            "csrc/cuda/block.cuh",
+            "int32_t(gridDim.x) - 1;",
+            "int32_t(gridDim.x) - 2;",
+            CUDA,
+        ),
+        (
+            "CUDA: scalars read before they are there",
+            "csrc/cuda/update.cuh",
+            "known = key;\n      __syncthreads();",
+            "known = key;",
+            CUDA,
+        ),
+        (
+            "CUDA: scalars overwritten while they are used",
+            "csrc/cuda/update.cuh",
+            "      __syncthreads();  // all threads are done with the last one\n",
+            "",
+            "test_cuda.py::test_groups_and_step_counts_of_their_own",
+        ),
+        (
+            "CUDA: scalars of a neighbour with another step count",
+            "csrc/cuda/update.cuh",
+            "group == other.group && step == other.step && extra == other.extra",
+            "group == other.group",
+            "test_cuda.py::test_groups_and_step_counts_of_their_own",
+        ),
+        (
+            "CUDA: scalars of a neighbour in another group",
+            "csrc/cuda/update.cuh",
+            "group == other.group && step == other.step",
+            "step == other.step",
+            "test_cuda.py::test_groups_and_step_counts_of_their_own",
+        ),
+        (
+            "CUDA: blocks take one chunk only",
+            "csrc/cuda/update.cuh",
+            "chunk >= 0; chunk -= gridDim.x)",
+            "chunk >= 0; chunk = -1)",
+            "test_cuda.py::test_groups_and_step_counts_of_their_own",
+        ),
+        (
+            "CUDA: first chunk left out",
+            "csrc/cuda/update.cuh",
+            "chunk >= 0; chunk -= gridDim.x)",
+            "chunk > 0; chunk -= gridDim.x)",
+            CUDA,
+        ),
+        (
+            "CUDA: gradient's format taken from the parameter",
+            "csrc/cuda/update.cuh",
+            "const DType grad_dtype = DType(args.formats[entry] >> 8);",
+            "const DType grad_dtype = param_dtype;",
+            "test_device.py::test_kernels_take_every_dtype[cuda-AdamW(weight_decay=0.125)-bfloat16-float32]",
+        ),
+        (
+            "CUDA: alignment of the gradient not looked at",
+            "csrc/cuda/update.cuh",
+            " && is_vector(grad) &&",
+            " &&",
+            "test_device.py::test_misaligned_tensors_take_the_other_path[cuda-grad-1]",
+        ),
+        (
+            "CUDA: alignment of the states not looked at",
+            "csrc/cuda/update.cuh",
+            "(!Rule::stores[state] || is_vector(column[first_state_row + state]))",
+            "(state >= 0)",
+            "test_device.py::test_misaligned_tensors_take_the_other_path[cuda-exp_avg_sq-1]",
+        ),
+        (
+            "CUDA: skipped step counts",
+            "csrc/cuda/update.cuh",
+            "if (*args.found_inf != 0 || (args.skips_nonfinite",
+            "if (*args.found_inf != 0 && (args.skips_nonfinite",
+            "test_device.py::test_the_device_decides_to_skip_and_counts[cuda]",
+        ),
+        (
+            "CUDA: step counts advanced several times",
+            "csrc/cuda/update.cuh",
+            "first += at_once * threads)",
+            "first += threads)",
+            "test_cuda.py::test_many_entries_advance_once",
+        ),
+        (
+            "CUDA: step counts of entries without gradient advanced",
+            "csrc/cuda/update.cuh",
+            "entry < args.num_entries && args.grads[entry] != nullptr",
+            "entry < args.num_entries",
+            "test_cuda.py::test_many_entries_advance_once",
+        ),
+        (
+            "CUDA: norm of the first of two vectors",
+            "csrc/cuda/norm.cu",
+            "for (int done = 0; done < chunk_elements / per_vector; done += at_once)",
+            "for (int done = 0; done < at_once; done += at_once)",
+            CUDA,
+        ),
+        (
+            "CUDA: squares of float32 in float32",
+            "csrc/cuda/norm.cu",
+            "plain += value * value;",
+            "plain += float(value) * float(value);",
+            "test_device.py::test_squares_of_float32_neither_overflow_nor_vanish[cuda-1e+20]",
+        ),
+        (
+            "CUDA: infinity of a float32 lost among float64",
+            "csrc/cuda/norm.cu",
+            "narrow.plain * tiny_scale * tiny_scale + wide.huge",
+            "wide.huge",
+            "test_device.py::test_no_infinity_is_lost_among_gradients_of_two_dtypes[cuda-inf-torch.float32]",
+        ),
+        (
+            "CUDA: norm of the whole step from one launch",
+            "csrc/cuda/norm.cu",
+            "args.first_partial + blockIdx.x",
+            "blockIdx.x",
+            "test_device.py::test_no_infinity_is_lost_among_gradients_of_two_dtypes[cuda-inf-torch.float32]",
+        ),
+        (
+            "CUDA: extra scalar left alone",
+            "fusedopt/backends/cuda.py",
+            "self._has_extra = first.extra is not None",
+            "self._has_extra = False",
+            "test_cuda.py::test_many_entries_advance_once",
+        ),
+        (
+            "CUDA: failed launch not looked at",
+            "fusedopt/backends/cuda.py",
+            "        if problem is not None:",
+            "        if problem is not None and name == 'num_blocks':",
+            "test_cuda.py::test_failed_cuda_call_is_named_and_changes_nothing[0-cudaLaunchKernel]",
         ),
         # -- fusedopt/plan.py
         (
@@ -1330,7 +1543,7 @@ class ListError(Exception):
 
 def run(folder: Path, *command: str) -> str:
     """What a command prints; it must succeed."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "MAX_JOBS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(folder), "MAX_JOBS": "1", "FUSEDOPT_BUILD_CUDA": "0"}
     result = subprocess.run(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -1441,7 +1654,7 @@ def try_out(mutant: Mutant, built: Path, commands: list[list[str]]) -> tuple[str
         shutil.copytree(built, folder, symlinks=True)
         mutant.apply(folder)
         try:
-            if mutant.file.startswith("csrc/"):
+            if mutant.file.startswith("csrc/") and not mutant.file.startswith("csrc/cuda/"):  # these the tests compile
                 rebuild(folder, commands, mutant.file)
             compiled = time.perf_counter()
             failed = failed_test(folder, [mutant.test])

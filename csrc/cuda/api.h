@@ -45,7 +45,8 @@ namespace fusedopt::cuda {
   X(int64_t*, skipped)           \
   X(int32_t*, ticket)            \
   X(int32_t, skips_nonfinite)    \
-  X(int32_t, counts_skip)
+  X(int32_t, counts_skip)        \
+  X(int32_t, has_extra)
 
 #define FO_FIELD(type, name) type name;
 struct NormArguments {

@@ -40,8 +40,8 @@ struct Update {
   };
 
   FO_DEVICE static Key key_of(const UpdateArguments& args, int entry, const Column& column) {
-    void* const extra = column[extra_row];
-    return {args.group_of[entry], *global<float>(column[step_row]) + 1, extra == nullptr ? 0.0 : double(*global<T>(extra))};
+    const double extra = args.has_extra ? double(*global<T>(column[extra_row])) : 0;
+    return {args.group_of[entry], *global<float>(column[step_row]) + 1, extra};
   }
 
   // The rule's scalars in this step, and what becomes of the extra one.
@@ -79,9 +79,10 @@ struct Update {
   FO_DEVICE static void chunk(const UpdateArguments& args, const Rule& rule, int chunk, int entry, const Column& column,
                               std::integer_sequence<int, state...> all_states) {
     void* const grad = args.grads[entry];
-    const DType param_dtype = DType(args.formats[entry] & 0xff), grad_dtype = DType(args.formats[entry] >> 8);
+    const DType param_dtype = sizeof(T) == 8 ? dtype : DType(args.formats[entry] & 0xff);
+    const DType grad_dtype = DType(args.formats[entry] >> 8);
     const bool is_aligned = is_vector(column[param_row]) && is_vector(grad) &&
-                            (... && (!Rule::stores[state] || is_vector(column[first_state_row + state]))) && 
+                            (... && (!Rule::stores[state] || is_vector(column[first_state_row + state]))) &&
                             (sizeof(T) == 4 || grad_dtype == dtype);
     Stretch<T> part;
     part.begin = int64_t(args.index_of[chunk]) * chunk_elements;
@@ -94,6 +95,39 @@ struct Update {
       } else {
         stretch<false>(rule, part, column, grad, param_dtype, grad_dtype, all_states);
       }
+    }
+  }
+
+  // For all entries with a gradient, by the threads of one block. They read several addresses, then several counts, before they
+  // write the first one: one after the other would wait for memory three times an entry.
+  FO_DEVICE static void advance_steps(const UpdateArguments& args) {
+    constexpr int at_once = 8;
+    for (int first = threadIdx.x; first < args.num_entries; first += at_once * threads) {
+      void* steps[at_once];
+      float counts[at_once];
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        const int entry = first + i * threads;
+        const bool has_grad = entry < args.num_entries && args.grads[entry] != nullptr;
+        steps[i] = has_grad ? Column(args, entry)[step_row] : nullptr;
+      }
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) counts[i] = steps[i] ? *global<float>(steps[i]) : 0;
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        if (steps[i]) *global<float>(steps[i]) = counts[i] + 1;
+      }
+    }
+  }
+
+  // The same of the extra scalars, which follow from the step counts of before.
+  FO_DEVICE static void advance_extras(const UpdateArguments& args) {
+    for (int entry = threadIdx.x; entry < args.num_entries; entry += threads) {
+      if (args.grads[entry] == nullptr) continue;
+      const Column column(args, entry);
+      double extra;
+      prepare(args, key_of(args, entry, column), extra);
+      *global<T>(column[extra_row]) = T(extra);
     }
   }
 };
@@ -134,16 +168,11 @@ __global__ void __launch_bounds__(threads, (min_blocks<Rule, T>())) update(const
   }
   // Step counts move when no block reads them any more.
   if (!is_last_block(args.ticket)) return;
-  for (int entry = threadIdx.x; entry < args.num_entries; entry += threads) {
-    if (args.grads[entry] == nullptr) continue;
-    const Column column(args, entry);
-    if (column[Of::extra_row] != nullptr) {
-      double extra;
-      Of::prepare(args, Of::key_of(args, entry, column), extra);
-      *global<T>(column[Of::extra_row]) = T(extra);
-    }
-    *global<float>(column[Of::step_row]) += 1;
+  if (args.has_extra) {
+    Of::advance_extras(args);
+    __syncthreads();
   }
+  Of::advance_steps(args);
 }
 
 template <class T>

@@ -39,7 +39,8 @@ NormArguments = _structure(
 )
 UpdateArguments = _structure(
     "UpdateArguments",
-    f"{TABLES} NUM_ENTRIES addresses group_of hyper control grad_scale found_inf skipped ticket SKIPS_NONFINITE COUNTS_SKIP",
+    f"{TABLES} NUM_ENTRIES addresses group_of hyper control grad_scale found_inf skipped ticket "
+    "SKIPS_NONFINITE COUNTS_SKIP HAS_EXTRA",
 )
 
 
@@ -132,12 +133,13 @@ def _runs_on(index: int) -> bool:
 
 
 def supports(where: torch.device, is_asked_for: bool = False) -> bool:
-    """Whether they take tensors of that device; on the host only for who asks for it."""
-    library = _load()[0]
-    if library is None or library.is_on_host:
-        return is_asked_for and where.type == "cpu" if library else where.type == "cuda"
-    is_nvidia = where.type == "cuda" and torch.version.hip is None
-    return is_nvidia and _runs_on(torch.cuda.current_device() if where.index is None else where.index)
+    """Whether they take tensors of that device; compiled for the host only for who asks for it."""
+    if where.type != "cuda":
+        library = _load()[0] if is_asked_for and where.type == "cpu" else None
+        return library is not None and library.is_on_host
+    if unavailable() is not None:
+        return True  # they would
+    return _runs_on(torch.cuda.current_device() if where.index is None else where.index)
 
 
 class Bucket(device.Bucket):
@@ -157,6 +159,7 @@ class Kernels(device.Kernels):
         first = entries[0]
         self._device = first.param.device
         self._index = self._device.index or 0
+        self._has_extra = int(first.extra is not None)
         self._kernel = library.rules[first.variant], int(first.compute_dtype == torch.float64)
         chunks = max(device.num_chunks(entries, self.chunk), 1)
         self.norm_programs = min(chunks, library.count("num_blocks", -1, 0, self._index))
@@ -167,20 +170,35 @@ class Kernels(device.Kernels):
         ]
         self.tables = {"formats": torch.tensor(formats, dtype=torch.int32, device="cpu")}
 
-    def _stream(self) -> int:
-        return 0 if self._device.type == "cpu" else torch.cuda.current_stream(self._device).cuda_stream
+        self._norm_arguments, self._update_arguments = _Filled(NormArguments), _Filled(UpdateArguments)
+
+    def _where(self) -> tuple[int, int]:
+        """Device and stream."""
+        is_on_host = self._device.type == "cpu"
+        return self._index, 0 if is_on_host else torch.cuda.current_stream(self._device).cuda_stream
 
     def norm(self, arguments: dict[str, Any]) -> None:
-        values = _filled(NormArguments, arguments | {"is_norm_double": int(arguments["norm"].dtype == torch.float64)})
-        self._library.call("norm", values, self.norm_programs, self._index, self._stream())
+        is_norm_double = int(arguments["norm"].dtype == torch.float64)
+        values = self._norm_arguments.with_(arguments, is_norm_double=is_norm_double)
+        self._library.call("norm", values, self.norm_programs, *self._where())
 
     def update(self, arguments: dict[str, Any]) -> None:
-        values = _filled(UpdateArguments, arguments)
-        self._library.call("update", *self._kernel, values, self._update_programs, self._index, self._stream())
+        values = self._update_arguments.with_(arguments, has_extra=self._has_extra)
+        self._library.call("update", *self._kernel, values, self._update_programs, *self._where())
 
 
-def _filled(structure: type[ctypes.Structure], arguments: dict[str, Any]) -> ctypes.Structure:
-    """The arguments, tensors as their addresses."""
-    return structure(
-        **{name: value.data_ptr() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-    )
+class _Filled:
+    """A structure of arguments, most of which stay the same from launch to launch."""
+
+    def __init__(self, structure: type[ctypes.Structure]):
+        self._values = structure()
+        self._known: dict[str, Any] = {}  # also keeps tensors alive, whose place another one could take
+
+    def with_(self, arguments: dict[str, Any], **more: int) -> ctypes.Structure:
+        """The structure with these values, tensors as their addresses."""
+        known = self._known
+        for name, value in (*arguments.items(), *more.items()):
+            if name not in known or known[name] is not value:
+                known[name] = value
+                setattr(self._values, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
+        return self._values

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Upload = Callable[[torch.Tensor], torch.Tensor]
 # What captured graphs read, for good: nobody says when a graph is gone.
 _captured: list[Any] = []
+_NOTHING = contextlib.nullcontext()
 GRAD = -1  # slot of the gradient, whose addresses are apart; others are rows of the kernels' table
 
 
@@ -147,8 +148,8 @@ class Bucket(ABC):
             return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _on_device(self) -> contextlib.AbstractContextManager:
-        if self.device.type == "cpu":
-            return contextlib.nullcontext()
+        if self.device.type == "cpu" or torch.cuda.current_device() == self.device.index:
+            return _NOTHING
         return torch.cuda.device(self.device)
 
     def _upload(self, values: torch.Tensor) -> torch.Tensor:
@@ -250,14 +251,24 @@ class Bucket(ABC):
                 written = with_gradient(self._watch, self._params)
             else:
                 written = [param for param in self._params if param.grad is not None]
-            with _uninterrupted():
-                for table, arguments in launches:
-                    self._launch(table.kernels.update, arguments)
-                    self.has_launched = True
-                for table in self._tables:
-                    table.write_back()
-                # Autograd must notice that a tensor it saved has changed.
-                torch.autograd.graph.increment_version(written)
+            # One launch is made or not made; what is more than one thing to do, no Ctrl-C may divide.
+            is_one = len(launches) == 1 and not launches[0][0].has_copies
+            with _NOTHING if is_one else _uninterrupted():
+                had_launched, num_done = self.has_launched, 0
+                self.has_launched = is_written = True  # already now: an interrupt may come right after the launch
+                try:
+                    for table, arguments in launches:
+                        self._launch(table.kernels.update, arguments)
+                        num_done += 1
+                    for table in self._tables:
+                        table.write_back()
+                except Exception:
+                    is_written = num_done > 0
+                    self.has_launched = had_launched or is_written
+                    raise
+                finally:
+                    if is_written:  # autograd must notice that a tensor it saved has changed
+                        torch.autograd.graph.increment_version(written)
 
     def _set_hyper(self, rows: list[list]) -> None:
         """Hyperparameters on the device. Those that are tensors there are copied in every step: they may have changed."""
@@ -306,6 +317,11 @@ class _Table:
                         self._staged.append((slot, index, tensor, copy.copy_(tensor)))
         if self._staged:
             self.upload_addresses(upload)
+        return bool(self._staged)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether there is something to write back."""
         return bool(self._staged)
 
     @torch.no_grad()

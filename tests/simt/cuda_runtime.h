@@ -25,11 +25,6 @@ struct dim3 {
   dim3(unsigned x) : x(x) {}
 };
 
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-
 namespace simt {
 
 struct Index {
@@ -45,13 +40,32 @@ void sync_warp();
 int next_shuffle();  // of this thread's warp: 0 or 1 in turn
 void* warp_slot(int lane, int shuffle);  // eight bytes for each lane
 
-// Runs a kernel; returns false if threads wait for others that never come.
-bool run(const std::function<void()>& kernel, unsigned num_blocks, unsigned num_threads);
+// Remembers that the address is not a multiple of 16, if it is not.
+bool is_misaligned(const void* address);
+
+// Runs a kernel. Returns what went wrong, or null.
+const char* run(const std::function<void()>& kernel, unsigned num_blocks, unsigned num_threads);
 
 // Whether a test wants this call to fail.
 bool fails(const char* call);
 
 }  // namespace simt
+
+// Refuses addresses that a GPU refuses.
+struct alignas(16) uint4 {
+  uint32_t x = 0, y = 0, z = 0, w = 0;
+
+  uint4() = default;
+  uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) : x(x), y(y), z(z), w(w) {}
+  uint4(const uint4& other) {
+    if (!simt::is_misaligned(&other)) x = other.x, y = other.y, z = other.z, w = other.w;
+  }
+  uint4& operator=(const uint4& other) {
+    if (!simt::is_misaligned(this)) x = other.x, y = other.y, z = other.z, w = other.w;
+    return *this;
+  }
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 #define threadIdx simt::thread_index
 #define blockIdx simt::block_index
@@ -86,12 +100,12 @@ using std::min;
 // ---- runtime ---------------------------------------------------------------------------------------------------
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure, cudaErrorUnknown };
+inline const char* simt_problem;  // of the last launch
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = void*;
 
 inline const char* cudaGetErrorString(cudaError_t status) {
-  const char* const texts[] = {"no error", "invalid argument", "threads of a block wait for others that have left",
-                               "unknown error"};
+  const char* const texts[] = {"no error", "invalid argument", simt_problem, "unknown error"};
   return texts[status];
 }
 
@@ -121,5 +135,6 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 block, v
   if (simt::fails("cudaLaunchKernel")) return cudaErrorUnknown;
   if (grid.x == 0) return cudaErrorInvalidValue;
   const Arguments& of_kernel = *static_cast<Arguments*>(arguments[0]);
-  return simt::run([&] { kernel(of_kernel); }, grid.x, block.x) ? cudaSuccess : cudaErrorLaunchFailure;
+  simt_problem = simt::run([&] { kernel(of_kernel); }, grid.x, block.x);
+  return simt_problem == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
 }

@@ -44,6 +44,7 @@ struct Warp {
 std::mutex mutex;
 std::mt19937 random;
 std::string failing;
+bool has_misaligned;
 int failing_after = 0;
 
 jmp_buf scheduler;
@@ -102,15 +103,22 @@ bool run_block(unsigned num_threads) {
   warps = std::vector<Warp>(num_threads / warp);
   if (fibers.size() != num_threads) fibers = std::vector<Fiber>(num_threads);
   for (Fiber& fiber : fibers) fiber.is_done = false, fiber.waits_for = nullptr;
-  const std::vector<unsigned> order = shuffled(num_threads);
+  // A warp runs until all of its threads wait for other warps, so that warps are as far apart as barriers allow.
   for (unsigned num_done = 0; num_done < num_threads;) {
     bool has_run = false;
-    for (const unsigned i : order) {
-      if (!fibers[i].can_run()) continue;
-      has_run = true;
-      thread_index.x = i;
-      enter(fibers[i]);
-      num_done += fibers[i].is_done;
+    for (const unsigned w : shuffled(num_threads / warp)) {
+      const std::vector<unsigned> lanes = shuffled(warp);
+      for (bool goes_on = true; goes_on;) {
+        goes_on = false;
+        for (const unsigned lane : lanes) {
+          Fiber& fiber = fibers[w * warp + lane];
+          if (!fiber.can_run()) continue;
+          goes_on = has_run = true;
+          thread_index.x = w * warp + lane;
+          enter(fiber);
+          num_done += fiber.is_done;
+        }
+      }
     }
     if (!has_run) {
       fibers.clear();  // they are in the middle of something
@@ -127,15 +135,23 @@ void sync_warp() { wait(warps[thread_index.x / warp].barrier); }
 void* warp_slot(int lane, int shuffle) { return &warps[thread_index.x / warp].slots[shuffle][lane]; }
 int next_shuffle() { return int(warps[thread_index.x / warp].barrier.generation % 2); }
 
-bool run(const std::function<void()>& kernel, unsigned num_blocks, unsigned num_threads) {
+bool is_misaligned(const void* address) {
+  uintptr_t number = reinterpret_cast<uintptr_t>(address);
+  asm("" : "+r"(number));  // the compiler knows what it must be
+  has_misaligned |= number % 16 != 0;
+  return number % 16 != 0;
+}
+
+const char* run(const std::function<void()>& kernel, unsigned num_blocks, unsigned num_threads) {
   const std::lock_guard lock(mutex);
+  has_misaligned = false;
   body = &kernel;
   grid_size.x = num_blocks;
   for (const unsigned i : shuffled(num_blocks)) {
     block_index.x = i;
-    if (!run_block(num_threads)) return false;
+    if (!run_block(num_threads)) return "threads of a block wait for others that have left";
   }
-  return true;
+  return has_misaligned ? "misaligned address" : nullptr;
 }
 
 bool fails(const char* call) { return failing == call && failing_after-- == 0; }
