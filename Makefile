@@ -2,9 +2,9 @@
 # make test    lint and tests
 # make fuzz    N=20000 random examples a class against the reference   (SEED=1 repeats a run)
 # make bench   the CPU benchmark
-# make gpu     on a machine with a GPU: its tests and quick benchmark, reports in OUT=runs/gpu
+# make gpu     on a machine with a GPU: its tests, quick benchmark and compute-sanitizer, reports in OUT=runs/gpu
 # make sanitize  the tests that reach the CPU engine, under the address, undefined-behaviour and thread sanitizers (Linux, GCC)
-# make kernels   what the compiler makes of every Triton kernel, for many GPUs; none need be there
+# make kernels   what the compilers make of every GPU kernel, Triton's for many GPUs; none need be there
 # make mutants planted bugs, each of which a test must notice   (ARGS="Lion norm" takes those whose names contain a word)
 #
 # Needs python3 >= 3.10 and a C++ compiler. Makes .venv; uses the torch and Triton that python3 already has, else installs
@@ -39,7 +39,9 @@ fuzz: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m bench cpu $(ARGS)
 
-gpu: $(VENV)/built
+# With the packages that are there: such a machine often has no way to others, and the linter is not needed.
+gpu: $(VENV)/made
+	FUSEDOPT_REQUIRE_CPU=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m tests.gpu --out $(OUT) $(ARGS)
 
 kernels: $(VENV)/built

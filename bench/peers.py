@@ -52,8 +52,12 @@ class Contestant:
     make: Callable[[BenchRule, list[torch.nn.Parameter], bool, float], Callable[[], Any] | None]
 
 
-def _ours(rule, params, clip, lr):
-    return rule.ours(params, lr=lr, max_grad_norm=MAX_NORM if clip else None, **rule.kwargs).step
+def _ours(backend=None):
+    def make(rule, params, clip, lr):
+        limit = MAX_NORM if clip else None
+        return rule.ours(params, lr=lr, max_grad_norm=limit, backend=backend, **rule.kwargs).step
+
+    return make
 
 
 def _torch(**implementation):
@@ -76,7 +80,8 @@ def _torch(**implementation):
     return make
 
 
-OURS = Contestant("fusedopt", _ours)
+OURS = Contestant("fusedopt", _ours())  # with the backend that "auto" picks, the fastest
+OURS_TRITON = Contestant("fusedopt triton", _ours("triton"))
 TORCH_FUSED = Contestant("torch fused", _torch(fused=True))
 TORCH_FOREACH = Contestant("torch foreach", _torch(foreach=True))
-PEERS = {"cpu": (TORCH_FUSED, TORCH_FOREACH), "cuda": (TORCH_FUSED, TORCH_FOREACH)}
+PEERS = {"cpu": (TORCH_FUSED, TORCH_FOREACH), "cuda": (TORCH_FUSED, TORCH_FOREACH, OURS_TRITON)}

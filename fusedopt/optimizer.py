@@ -30,8 +30,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         max_grad_norm: clip to this global 2-norm in every step; None: do not.
         nonfinite: what to do when the gradient norm is NaN or infinite: ``"propagate"`` it as torch does, ``"skip"`` the
             step (counted in `skipped_steps`), or raise an ``"error"`` that names the parameter.
-        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: the environment's FUSEDOPT_BACKEND, else
-            ``"auto"``.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: the environment's
+            FUSEDOPT_BACKEND, else ``"auto"``.
     """
 
     rule: ClassVar[Rule]

@@ -1,4 +1,4 @@
-"""Everything that a machine with a GPU can show, in one go: the tests marked gpu, then the quick benchmark.
+"""Everything that a machine with a GPU can show, in one go: the tests marked gpu, the quick benchmark, compute-sanitizer.
 
     python -m tests.gpu [--out FOLDER] [--minutes 9]
 
@@ -8,6 +8,7 @@ Writes FOLDER/gpu.json and FOLDER/gpu.txt anew after every stage, so that what w
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def machine():
     import torch
 
     from bench import report
-    from fusedopt.backends import triton
+    from fusedopt.backends import cuda, triton
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -34,6 +35,7 @@ def machine():
         "capability": list(torch.cuda.get_device_capability()),
         "driver": driver,
         "cuda": torch.version.cuda,
+        "cuda part": cuda.found(),
         "triton": triton.unavailable() or triton.version(),
     }
 
@@ -41,10 +43,14 @@ def machine():
 def stages(folder):
     """(name, command, minutes at most): the first ones must leave time for the others."""
     python = [sys.executable, "-m"]
-    return (
-        ("tests", [*python, "pytest", "-q", "-m", "gpu", "--tb=short", f"--junitxml={folder / 'tests.xml'}"], 5),
-        ("benchmark", [*python, "bench", "cuda", "--quick", "--out", str(folder / "bench.json")], 3),
-    )
+    tests = [*python, "pytest", "-q", "-m", "gpu", "--tb=short", "tests/test_gpu.py"]
+    yield "tests", [*tests, f"--junitxml={folder / 'tests.xml'}", "-k", "not small_configuration"], 4.5
+    yield "benchmark", [*python, "bench", "cuda", "--quick", "--out", str(folder / "bench.json")], 2
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        # Of torch's kernels nothing is asked, and Triton's are another compiler's.
+        checked = [sanitizer, "--tool", tool, "--kernel-name", "kns=fusedopt", "--error-exitcode", "3", *tests]
+        yield tool, [*checked, "-p", "no:cacheprovider", "-k", "small_configuration and cuda"], 1
 
 
 def main(arguments):
@@ -68,9 +74,13 @@ def main(arguments):
         began = time.monotonic()
         left = min(60 * minutes, end - began)
         with open(log, "w") as file:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
             try:
-                status = process.wait(max(left, 1))
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            except OSError as error:
+                file.write(f"{error}\n")
+                process = None
+            try:
+                status = "not there" if process is None else process.wait(max(left, 1))
             except subprocess.TimeoutExpired:
                 status = "no time left"
                 process.send_signal(signal.SIGINT)  # pytest then writes what it found

@@ -155,6 +155,18 @@ def test_failed_cuda_call_is_named_and_changes_nothing(after, call, failing):
     assert_same_bits(params, others)
 
 
+def test_device_that_the_object_was_not_compiled_for_is_a_reason(failing):
+    cuda._problem_on.cache_clear()
+    failing("cudaOccupancyMaxActiveBlocksPerMultiprocessor")
+    try:
+        assert "FUSEDOPT_CUDA_ARCHS" in cuda._problem_on(0)
+        cuda._problem_on.cache_clear()
+        failing(None)
+        assert cuda._problem_on(0) is None
+    finally:
+        cuda._problem_on.cache_clear()
+
+
 def test_emulator_sees_threads_that_wait_for_ever(tmp_path):
     """A barrier that half of the threads never reach, as an error; the next kernel runs."""
     source = tmp_path / "kernel.cpp"

@@ -1,13 +1,15 @@
 """What only a GPU can show. `make gpu` runs these, nothing else does."""
 
 import copy
+import math
 
 import pytest
 import torch
-from cases import CASES, DTYPES, can_mix_dtypes, check_parity, dtype_id
+from cases import CASES, DTYPES, can_mix_dtypes, check_parity, dtype_id, set_grad
 from helpers import assert_close, assert_same_bits, clone_params, same_bits
 
 import fusedopt
+from fusedopt.backends import BACKENDS
 
 pytestmark = pytest.mark.gpu
 SIZES = (0, 1, 7, 1023, 1024, 1025, 4095, 4096, 4097, 65543)
@@ -29,8 +31,21 @@ def set_grads(params, seed):
             param.grad.copy_(grad)
 
 
-def test_auto_picks_a_kernel():
-    assert fusedopt.backends.explain(torch.device("cuda"))[0] != "reference"
+@pytest.fixture(params=["cuda", "triton"], autouse=True)
+def backend(request, monkeypatch):
+    """What optimizers get that do not ask for one."""
+    reason = BACKENDS[request.param].unavailable()
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    monkeypatch.setenv("FUSEDOPT_BACKEND", request.param)
+    return request.param
+
+
+def test_auto_picks_the_fastest_there_is():
+    picked, passed_over = fusedopt.backends.explain(torch.device("cuda"))
+    assert picked == ("triton" if "cuda" in passed_over else "cuda")
+    if BACKENDS["cuda"].unavailable() is None:
+        assert picked == "cuda"
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
@@ -105,6 +120,22 @@ def test_grad_scaler_skips_and_counts():
     scaler.update()
     assert_same_bits(params, before)
     assert scaler.get_scale() == 512.0 and int(optimizer.skipped_steps) == 1
+
+
+def test_parameters_of_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    params = make_params()
+    others = [torch.nn.Parameter(param.detach().to("cuda:1")) for param in params]
+    for each in (params, others):
+        optimizer = fusedopt.AdamW(each, max_grad_norm=1.0)
+        for step in range(2):
+            set_grads(params, step)
+            for param, other in zip(params, others, strict=True):
+                other.grad = param.grad.to("cuda:1")
+            optimizer.step()
+        assert torch.cuda.current_device() == 0
+    assert_same_bits(params, [other.detach().to("cuda:0") for other in others])
 
 
 def test_steps_on_a_side_stream():
@@ -233,20 +264,55 @@ def test_a_hundred_thousand_tensors_of_one_element():
     assert torch.equal(pool, -(1 + torch.arange(100_000.0, device="cuda")))
 
 
+LLAMA_3_8B = [
+    (128256, 4096), (128256, 4096), (4096,),
+    *([(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)] + [(14336, 4096)] * 2 + [(4096, 14336), (4096,), (4096,)]) * 32,
+]  # fmt: skip
+
+
+def test_llama_3_8b_in_bfloat16():
+    """Every parameter moves by the learning rate, or half of it, in the direction of its gradient: none is left out."""
+    count = sum(math.prod(shape) for shape in LLAMA_3_8B)
+    if torch.cuda.mem_get_info()[0] < count * 12.5:
+        pytest.skip("needs 100 GB of GPU memory")
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16, device="cuda")) for shape in LLAMA_3_8B]
+    for i, param in enumerate(params):
+        param.grad = torch.full_like(param, 0.5 if i % 2 else -0.25)
+    fusedopt.AdamW(params, lr=0.125, weight_decay=0.0, max_grad_norm=1.0).step()
+    for i, param in enumerate(params):
+        assert (param.detach() == (-0.125 if i % 2 else 0.125)).all(), i
+
+
 # ---- values: last, because there are many --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_are_the_reference_to_rounding(case, dtypes):
+def test_kernels_are_the_reference_to_rounding(case, dtypes, backend):
     if dtypes[0] != dtypes[1] and not can_mix_dtypes():
         pytest.skip("this torch wants gradients in the parameter's dtype")
     sizes = (*SIZES, 1_000_003) if dtypes == DTYPES[0] else SIZES
-    check_parity(case, *dtypes, sizes=sizes, steps=3, device="cuda", backend="triton")
+    check_parity(case, *dtypes, sizes=sizes, steps=3, device="cuda", backend=backend)
 
 
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[4]], ids=dtype_id)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_clipped_step_is_the_reference_to_rounding(case, dtypes):
+def test_clipped_step_is_the_reference_to_rounding(case, dtypes, backend):
     """The tensors of the CPU engine's test: over many more, c·g + λθ cancels in some element to less than the bound."""
-    check_parity(case, *dtypes, sizes=(1021, 33, 0, 4099), max_grad_norm=25.0, device="cuda", backend="triton")
+    check_parity(case, *dtypes, sizes=(1021, 33, 0, 4099), max_grad_norm=25.0, device="cuda", backend=backend)
+
+
+# Small, so that a tool which checks every access has an end: `tests/gpu.py` runs them under each of compute-sanitizer's.
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_small_configuration(case, dtypes, backend):
+    if dtypes[0] != dtypes[1] and not can_mix_dtypes():
+        pytest.skip("this torch wants gradients in the parameter's dtype")
+    for clip in (None, 25.0):
+        params = [torch.nn.Parameter(torch.ones(size, dtype=dtypes[0], device="cuda")) for size in (0, 1, 1023, 4101)]
+        optimizer = case.make(params, max_grad_norm=clip)
+        for param in params:
+            set_grad(param, torch.full(param.shape, 0.5, dtype=dtypes[1], device="cuda"))
+        optimizer.step()
+        optimizer.step()
+        assert all(len(param.unique()) <= 1 and (param != 1).all() for param in params)

@@ -26,7 +26,10 @@ WALLS = {
         [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|cuda", r"\b(pow|exp|log)f?\s*\("],
     ),
     "bindings do no arithmetic": ("csrc/bindings.cpp", [FORMULAS, RULE_NAMES, HYPERPARAMETERS]),
-    "CUDA knows no Python": ("csrc/cuda/*", [r"torch|Python\.h|py::", r"\.\./cpu"]),
+    "the CUDA engine knows no formula of a rule, no Python and no torch": (
+        "csrc/cuda/*",
+        [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|\.\./cpu|plan\.h", r"\b(pow|exp|log)f?\s*\("],
+    ),
     "kernels know nothing of the package": ("kernels/*.py", [r"(import|from) fusedopt"]),
     "the reference knows torch only": ("fusedopt/reference.py", [r"(import|from) (?!torch)"]),
     "the table knows no tensor": ("fusedopt/rules.py", [r"\btorch\b(?!\.optim)", r"backends|_C\b"]),

@@ -1,13 +1,14 @@
 """Which backend works on which device, and why. A backend is a module with `unavailable()`, `supports()` and a `Bucket` class.
 
-`unavailable()` is None, or the reason why the backend cannot be used on this machine. SCALARS_ON_DEVICE: whether it keeps step
-counts where the parameters are, or in host memory.
+`supports(device)`: whether it is made for such tensors. `unavailable(device)` is None, or the reason why it cannot be used
+there; without a device, on this machine. SCALARS_ON_DEVICE: whether it keeps step counts where the parameters are, or in host
+memory.
 
 `Bucket(rule, entries)` takes the entries of one device and offers `entries`, `refresh() -> bool` (False: it no longer fits),
 `grad_norm() -> float`, `first_nonfinite() -> int` (an index into `entries`, or -1), `update(scalars, grad_coefs)` (one of each
 per group; it writes only when nothing can fail any more) and `release()`. One that `is_asynchronous` can leave clipping and
 skipping to the device, so that nobody waits for it: `measure()`, more arguments of `update()`, `has_launched`, `is_capturing`
-(see triton.py).
+(see device.py).
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ def choose(device: torch.device, name: str | None) -> ModuleType:
         module = BACKENDS[resolved]
         if not module.supports(device, is_asked_for=True):
             raise RuntimeError(f"backend={resolved!r} does not work on {device}; use backend='auto' or 'reference'")
+        reason = module.unavailable(device)
+        if reason is not None:
+            raise RuntimeError(f"backend={resolved!r} cannot be used on {device}: {reason}")
         return module
     return BACKENDS[explain(device)[0]]
 
@@ -57,7 +61,7 @@ def explain(device: torch.device) -> tuple[str, dict[str, str]]:
     """What "auto" picks for a device, and for each faster backend why not."""
     passed_over = {}
     for name, module in BACKENDS.items():
-        reason = module.unavailable() if module.supports(device) else f"does not work on {device.type}"
+        reason = module.unavailable(device) if module.supports(device) else f"does not work on {device.type}"
         if reason is None:
             return name, passed_over
         passed_over[name] = reason

@@ -41,7 +41,7 @@ if _C and _forced_isa and not _C.set_isa(_forced_isa):
 SCALARS_ON_DEVICE = False
 
 
-def unavailable() -> str | None:
+def unavailable(where: torch.device | None = None) -> str | None:
     """Why the engine cannot be used here, or None."""
     if _C is None:
         return problem

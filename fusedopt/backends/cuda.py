@@ -117,29 +117,32 @@ def found() -> str:
     return _load()[1]
 
 
-def unavailable() -> str | None:
+def unavailable(where: torch.device | None = None) -> str | None:
     """Why the kernels cannot be used here, or None."""
     library, text = _load()
-    return text if library is None else None
+    if library is None:
+        return text
+    if where is None or library.is_on_host:
+        return None
+    return _problem_on(torch.cuda.current_device() if where.index is None else where.index)
 
 
 @functools.cache
-def _runs_on(index: int) -> bool:
-    """Whether the object has kernels for that device: it was compiled for some generations of GPUs."""
+def _problem_on(index: int) -> str | None:
+    """Why the kernels do not run on that device, or None: they are compiled for some generations of GPUs."""
     try:
-        return _load()[0].count("num_blocks", -1, 0, index) > 0
-    except RuntimeError:
-        return False
+        _load()[0].count("num_blocks", -1, 0, index)
+    except RuntimeError as error:
+        return f"{error}; FUSEDOPT_CUDA_ARCHS names the generations to build for"
+    return None
 
 
 def supports(where: torch.device, is_asked_for: bool = False) -> bool:
     """Whether they take tensors of that device; compiled for the host only for who asks for it."""
-    if where.type != "cuda":
-        library = _load()[0] if is_asked_for and where.type == "cpu" else None
-        return library is not None and library.is_on_host
-    if unavailable() is not None:
-        return True  # they would
-    return _runs_on(torch.cuda.current_device() if where.index is None else where.index)
+    if where.type != "cpu":
+        return where.type == "cuda"
+    library = _load()[0] if is_asked_for else None
+    return library is not None and library.is_on_host
 
 
 class Bucket(device.Bucket):

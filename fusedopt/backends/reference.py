@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SCALARS_ON_DEVICE = False
 
 
-def unavailable() -> str | None:
+def unavailable(where: torch.device | None = None) -> str | None:
     """Never: it only needs torch."""
     return None
 

@@ -52,7 +52,7 @@ def version() -> str:
     return f"{triton.__version__}{', interpreted (TRITON_INTERPRET=1)' if is_interpreted() else ''}"
 
 
-def unavailable() -> str | None:
+def unavailable(where: torch.device | None = None) -> str | None:
     """Why the kernels cannot be used here, or None."""
     return _load()[1]
 

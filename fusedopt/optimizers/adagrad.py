@@ -32,7 +32,7 @@ class Adagrad(FusedOptimizer):
         foreach, fused: accepted and ignored: they choose among torch's implementations.
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
     State: ``step`` (0-d float32), ``sum`` s (shape of the parameter, float32, or float64 for float64). Made at the first
     step, not, as in torch, at construction.

@@ -34,7 +34,7 @@ class Adam(FusedOptimizer):
         capturable: whether a step may be captured in a CUDA graph.
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
     State: ``step`` (0-d float32), ``exp_avg`` m, ``exp_avg_sq`` v, with amsgrad ``max_exp_avg_sq`` (shape of the
     parameter, float32, or float64 for float64).

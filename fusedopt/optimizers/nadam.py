@@ -35,7 +35,7 @@ class NAdam(FusedOptimizer):
         capturable: whether a step may be captured in a CUDA graph.
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
     State: ``step`` (0-d float32), ``mu_product`` Π (0-d), ``exp_avg`` m, ``exp_avg_sq`` v (shape of the parameter); Π, m
     and v are float32, or float64 for float64.

@@ -39,7 +39,7 @@ class RMSprop(FusedOptimizer):
         capturable: whether a step may be captured in a CUDA graph.
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
     State: ``step`` (0-d float32), ``square_avg``, with centered ``grad_avg``, with momentum ``momentum_buffer`` (shape of
     the parameter, float32, or float64 for float64).

@@ -33,7 +33,7 @@ class SGD(FusedOptimizer):
         foreach, fused: accepted and ignored: they choose among torch's implementations.
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
     State: ``momentum_buffer`` (shape of the parameter, float32, or float64 for float64), with momentum only.
 
