@@ -116,6 +116,14 @@ def test_nothing_outside_a_tensor_is_written(backend):
         assert (arena[:32] == 7).all() and (arena[32 + size :] == 7).all()
 
 
+def test_parameter_without_elements_steps_whatever_its_strides(backend):
+    param = torch.nn.Parameter(torch.empty(0, 3))
+    param.grad = torch.empty(3, 0).t()
+    optimizer = fusedopt.AdamW([param], backend=backend)
+    optimizer.step()
+    assert float(optimizer.state[param]["step"]) == 1
+
+
 @pytest.mark.parametrize("value", [1e20, 1e36, 1e-30])
 def test_squares_of_float32_neither_overflow_nor_vanish(value, backend):
     param = torch.nn.Parameter(torch.zeros(CHUNK + 5))

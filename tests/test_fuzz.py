@@ -39,7 +39,7 @@ from fusedopt import _C, reference
 from fusedopt.plan import PARAM_DTYPES, grad_dtypes, state_dtype
 from fusedopt.rules import RANGES, check_options
 
-BACKENDS = tuple(os.environ.get("FUZZ_BACKENDS", "cpu reference").split())  # Triton's interpreter is slow
+BACKENDS = tuple(os.environ.get("FUZZ_BACKENDS", "cpu cuda reference").split())  # Triton's interpreter is slow
 
 # `make fuzz N=20000` sets it: so many examples a class, random, and a tenth of that many lives. Else few, always the same.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))

@@ -28,6 +28,7 @@ FO_DEVICE void add_chunk(Sums& sums, void* grad, int64_t begin, int count) {
   using Stored = typename Codec::stored;
   constexpr int per_vector = sizeof(Vector) / sizeof(Stored), in_flight = 2;
   constexpr int at_once = in_flight * threads;
+  static_assert(chunk_elements / per_vector % at_once == 0);
   if (count == chunk_elements && is_vector(grad)) {
     const Vector* const data = global<Vector>(grad, begin * int64_t(sizeof(Stored))) + threadIdx.x;
     for (int done = 0; done < chunk_elements / per_vector; done += at_once) {

@@ -27,6 +27,7 @@ struct Update {
   static constexpr int step_row = first_state_row + num_states, extra_row = step_row + 1;
   static constexpr int num_hyper = sizeof(typename Rule::Hyper) / sizeof(double);
   static constexpr DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;  // of states, and computed in
+  static_assert(chunk_elements % Stretch<T>::elements == 0);
 
   // What an entry's scalars depend on. Neighbours mostly agree.
   struct Key {

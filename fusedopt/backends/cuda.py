@@ -172,7 +172,6 @@ class Kernels(device.Kernels):
             for entry in entries
         ]
         self.tables = {"formats": torch.tensor(formats, dtype=torch.int32, device="cpu")}
-
         self._norm_arguments, self._update_arguments = _Filled(NormArguments), _Filled(UpdateArguments)
 
     def _where(self) -> tuple[int, int]:

@@ -306,7 +306,7 @@ class _Table:
         """Copies the tensors that do not have their elements in the parameter's order. False: there are none."""
         self._staged = []
         for index, entry in self._strided:
-            if entry.param.grad is None:
+            if entry.param.grad is None or entry.param.numel() == 0:  # a copy of nothing has no address
                 continue
             param = as_real(entry.param.detach())
             for slot, tensor in [(GRAD, entry.param.grad), (0, entry.param.detach()), *enumerate(entry.states, 1)]:
