@@ -310,7 +310,7 @@ def test_small_configuration(case, dtypes, backend):
         pytest.skip("this torch wants gradients in the parameter's dtype")
     for clip in (None, 25.0):
         params = [torch.nn.Parameter(torch.ones(size, dtype=dtypes[0], device="cuda")) for size in (0, 1, 1023, 4101)]
-        optimizer = case.make(params, max_grad_norm=clip)
+        optimizer = case.make(params, lr=0.125, max_grad_norm=clip)
         for param in params:
             set_grad(param, torch.full(param.shape, 0.5, dtype=dtypes[1], device="cuda"))
         optimizer.step()
