@@ -628,22 +628,22 @@ MUTANTS = [
         (
             "CUDA: second half of 16 bytes is the first again",
             "csrc/cuda/block.cuh",
-            "words_[0] = vector.z, words_[1] = vector.w;",
-            "words_[0] = vector.x, words_[1] = vector.y;",
+            "words_[i] = lane % 2 == 0 ? of_source[i] : of_source[i + 2];",
+            "words_[i] = of_source[i];",
             CUDA_HALVES,
         ),
         (
             "CUDA: halves stored in the order they came last",
             "csrc/cuda/block.cuh",
-            "make_uint4(first_[0], first_[1], words_[0], words_[1])",
-            "make_uint4(words_[0], words_[1], first_[0], first_[1])",
+            "of_lane[i] = lane < warp / 2 ? first : second;",
+            "of_lane[i] = lane < warp / 2 ? second : first;",
             CUDA_HALVES,
         ),
         (
-            "CUDA: halves beside float32 not paired",
+            "CUDA: halves of a lane kept by that lane",
             "csrc/cuda/block.cuh",
-            "(has_halves ? threadIdx.x * parts + part : threadIdx.x + part * threads)",
-            "(threadIdx.x + part * threads)",
+            "source = part * (warp / 2) + lane / 2;",
+            "source = lane;",
             "test_device.py::test_one_step_is_the_cpu_engines_within_two_ulp[cuda-AdamW(weight_decay=0.125)-bfloat16-bfloat16]",
         ),
         (
@@ -773,6 +773,13 @@ MUTANTS = [
             "test_cuda.py::test_many_entries_advance_once",
         ),
         (
+            "GPU: copies of tensors without elements",
+            "fusedopt/backends/device.py",
+            "if entry.param.grad is None or entry.param.numel() == 0:",
+            "if entry.param.grad is None:",
+            "test_device.py::test_parameter_without_elements_steps_whatever_its_strides[cuda]",
+        ),
+        (
             "CUDA: step counts of entries without gradient advanced",
             "csrc/cuda/update.cuh",
             "entry < args.num_entries && args.grads[entry] != nullptr",
@@ -810,8 +817,8 @@ MUTANTS = [
         (
             "CUDA: extra scalar left alone",
             "fusedopt/backends/cuda.py",
-            "self._has_extra = first.extra is not None",
-            "self._has_extra = False",
+            "self._has_extra = int(first.extra is not None)",
+            "self._has_extra = 0",
             "test_cuda.py::test_many_entries_advance_once",
         ),
         (

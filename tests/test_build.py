@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import CASES, DTYPES, can_mix_dtypes, random_grads, random_params, set_grad
 
-from fusedopt import _C
+from fusedopt import _C, extension
 from fusedopt.backends import cuda
 
 ROOT = Path(__file__).parent.parent
@@ -177,10 +177,17 @@ def test_cuda_part_that_does_not_load_is_a_reason_not_a_crash(tmp_path, monkeypa
     broken.write_bytes(b"not an object")
     for library, expected in ((broken, "does not load"), (tmp_path / "missing.so", "not built")):
         monkeypatch.setattr(cuda, "LIBRARY", library)
-        cuda.devices.cache_clear()
-        count, reason = cuda.devices()
-        assert count == -1 and expected in reason
-    cuda.devices.cache_clear()
+        cuda._load.cache_clear()
+        assert expected in cuda.found() and expected in cuda.unavailable()
+    cuda._load.cache_clear()
+
+
+def test_installed_cuda_part_is_of_this_version():
+    """Python knows its arguments and rules; what it lacks here is a GPU at most."""
+    if not (extension.FOLDER / "_cuda.so").exists():
+        pytest.skip("the CUDA part was not built")
+    found = run(sys.executable, "-c", "from fusedopt.backends import cuda; print(cuda.found())").stdout
+    assert found.startswith("built and loads")
 
 
 @pytest.mark.parametrize("isa", _C.available_isas())

@@ -47,20 +47,20 @@ struct Stretch {
 
   int64_t begin;
   int count;
-  bool has_halves;  // one of the tensors has elements of 16 bits
 
-  // Where a part begins in a tensor whose elements have that size, in bytes. By vectors, neighbouring threads have
-  // neighbouring vectors of T; but where there are halves, a thread has the elements of one vector of these. Else elements of
-  // neighbouring threads are neighbours, and a part goes on `threads` elements later.
+  // Where a part begins in a tensor whose elements have that size, in bytes. By vectors, each warp has elements of its own, and
+  // its lanes the vectors of a part in order; of halves, a lane accesses the vector that is the lane's in the order of memory,
+  // which holds elements of other lanes' parts. Else elements of neighbouring threads are neighbours, and a part goes on
+  // `threads` elements later.
   template <bool by_vectors>
   FO_DEVICE int64_t offset(int part, int size) const {
-    int64_t first;
+    int first = threadIdx.x;
     if constexpr (!by_vectors) {
-      first = threadIdx.x + part * per_part * threads;
-    } else if (size == 2) {
-      first = threadIdx.x * parts * per_part;
+      first += part * per_part * threads;
+    } else if (size == sizeof(T)) {
+      first = (first / warp * parts * warp + part * warp + first % warp) * per_part;
     } else {
-      first = (has_halves ? threadIdx.x * parts + part : threadIdx.x + part * threads) * per_part;
+      first *= parts * per_part;
     }
     return (begin + first) * size;
   }
@@ -69,8 +69,8 @@ struct Stretch {
   FO_DEVICE int left(int part) const { return count - int(threadIdx.x) - part * per_part * threads; }
 };
 
-// A thread's part of one tensor, as it is stored. Loading and decoding are apart, so that the loads of all tensors are on
-// their way before the first value is waited for. by_vectors: the stretch is whole, and all tensors are aligned.
+// A thread's part of one tensor, as it is stored. Loading and decoding are apart, so that the loads of all tensors are on their
+// way before the first value is waited for. by_vectors: the stretch is whole, and all tensors are aligned.
 template <class T, bool by_vectors>
 class Part {
  public:
@@ -80,10 +80,8 @@ class Part {
     const int size = itemsize(dtype);
     const int64_t offset = stretch.template offset<by_vectors>(part, size);
     if constexpr (by_vectors) {
-      const Vector vector = *global<Vector>(address, offset);
+      const Vector vector = *global<Vector>(address, offset);  // of halves the second time from the cache
       words_[0] = vector.x, words_[1] = vector.y, words_[2] = vector.z, words_[3] = vector.w;
-      // Of halves it holds both parts; the second time it comes from the cache.
-      if (size != sizeof(T) && part == 1) words_[0] = vector.z, words_[1] = vector.w;
     } else {
       const int left = stretch.left(part);
       if (size == 2) load_each(global<uint16_t>(address, offset), left);
@@ -103,7 +101,8 @@ class Part {
       } else if (part == 0) {
         first_[0] = words_[0], first_[1] = words_[1];
       } else {
-        *global<Vector>(address, offset) = make_uint4(first_[0], first_[1], words_[0], words_[1]);
+        give_halves();
+        *global<Vector>(address, offset) = make_uint4(words_[0], words_[1], words_[2], words_[3]);
       }
     } else {
       const int left = stretch.left(part);
@@ -115,9 +114,10 @@ class Part {
     }
   }
 
-  FO_DEVICE void decode(DType dtype, T (&values)[count]) const {
+  FO_DEVICE void decode(int part, DType dtype, T (&values)[count]) {
     with_codec<T>(dtype, [&](auto codec) {
       using Codec = decltype(codec);
+      if constexpr (by_vectors && sizeof(typename Codec::stored) == 2) take_halves(part);
 #pragma unroll
       for (int i = 0; i < count; ++i) values[i] = T(Codec::load(get<typename Codec::stored>(i)));
     });
@@ -166,6 +166,31 @@ class Part {
     } else {
       words_[i / 2] = i % 2 == 0 ? stored : words_[i / 2] | (uint32_t(stored) << 16);
     }
+  }
+
+  // Two lanes' parts are one lane's vector of halves: the first part is in the lanes of the first half of the warp, the second
+  // part in the others.
+  FO_DEVICE void take_halves(int part) {
+    const int lane = threadIdx.x % warp, source = part * (warp / 2) + lane / 2;
+    uint32_t of_source[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) of_source[i] = __shfl_sync(~0u, words_[i], source);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) words_[i] = lane % 2 == 0 ? of_source[i] : of_source[i + 2];
+  }
+
+  // The reverse, of both parts.
+  FO_DEVICE void give_halves() {
+    const int lane = threadIdx.x % warp, source = lane % (warp / 2) * 2;
+    uint32_t of_lane[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t first = __shfl_sync(~0u, first_[i % 2], source + i / 2);
+      const uint32_t second = __shfl_sync(~0u, words_[i % 2], source + i / 2);
+      of_lane[i] = lane < warp / 2 ? first : second;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words_[i] = of_lane[i];
   }
 
   uint32_t words_[4];

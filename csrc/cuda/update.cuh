@@ -64,9 +64,9 @@ struct Update {
       grad.load(stretch, part, grad_address, grad_dtype);
       ((Rule::stores[state] ? states[state].load(stretch, part, column[first_state_row + state], dtype) : void()), ...);
       T param_values[count], grad_values[count], state_values[num_states][count];
-      param.decode(param_dtype, param_values);
-      grad.decode(grad_dtype, grad_values);
-      ((Rule::stores[state] ? states[state].decode(dtype, state_values[state]) : void()), ...);
+      param.decode(part, param_dtype, param_values);
+      grad.decode(part, grad_dtype, grad_values);
+      ((Rule::stores[state] ? states[state].decode(part, dtype, state_values[state]) : void()), ...);
 #pragma unroll
       for (int i = 0; i < count; ++i) rule(param_values[i], grad_values[i], state_values[state][i]...);
       param.encode(param_dtype, param_values);
@@ -87,7 +87,6 @@ struct Update {
                             (sizeof(T) == 4 || grad_dtype == dtype);
     Stretch<T> part;
     part.begin = int64_t(args.index_of[chunk]) * chunk_elements;
-    part.has_halves = itemsize(param_dtype) == 2 || itemsize(grad_dtype) == 2;
     int left = int(min(int64_t(chunk_elements), args.numel[entry] - part.begin));
     for (; left > 0; left -= Stretch<T>::elements, part.begin += Stretch<T>::elements) {
       part.count = min(left, Stretch<T>::elements);
@@ -138,7 +137,7 @@ template <class Rule, class T>
 constexpr int min_blocks() {
   int num_kept = 0;
   for (int state = 0; state < Update<Rule, T>::num_states; ++state) num_kept += Rule::stores[state];
-  return sizeof(T) == 8 ? 4 : num_kept <= 1 ? 6 : 5;
+  return sizeof(T) == 8 || num_kept == 3 ? 4 : 5;
 }
 
 // One step of every entry that has a gradient; none, if one of them is known not to be finite: that is then counted.

@@ -75,13 +75,18 @@ inline void __syncthreads() { simt::sync_block(); }
 inline void __threadfence() {}
 
 template <class T>
-T __shfl_down_sync(unsigned, T value, int distance) {
-  const int lane = int(simt::thread_index.x) % simt::warp;
+T __shfl_sync(unsigned, T value, int lane) {
   const int shuffle = simt::next_shuffle();
-  std::memcpy(simt::warp_slot(lane, shuffle), &value, sizeof(T));
+  std::memcpy(simt::warp_slot(int(simt::thread_index.x) % simt::warp, shuffle), &value, sizeof(T));
   simt::sync_warp();
-  if (lane + distance < simt::warp) std::memcpy(&value, simt::warp_slot(lane + distance, shuffle), sizeof(T));
+  std::memcpy(&value, simt::warp_slot(lane, shuffle), sizeof(T));
   return value;
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int distance) {
+  const int lane = int(simt::thread_index.x) % simt::warp, source = lane + distance;
+  return __shfl_sync(mask, value, source < simt::warp ? source : lane);
 }
 
 inline int32_t atomicAdd(int32_t* address, int32_t value) {
