@@ -41,7 +41,7 @@ bench: $(VENV)/built
 
 # With the packages that are there: such a machine often has no way to others, and the linter is not needed.
 gpu: $(VENV)/made
-	FUSEDOPT_REQUIRE_CPU=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	FUSEDOPT_REQUIRE_CPU=1 FUSEDOPT_BUILD_CUDA=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m tests.gpu --out $(OUT) $(ARGS)
 
 kernels: $(VENV)/built
@@ -75,7 +75,11 @@ build/sanitize-%/built: $(VENV)/built $(SOURCES) $(shell find fusedopt kernels -
 
 $(VENV)/made: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fusedopt needs Python 3.10 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
-	$(PYTHON) -m venv --clear $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	options="--clear $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages)"; \
+		$(PYTHON) -m venv $$options $(VENV) || $(PYTHON) -m venv $$options --without-pip $(VENV)
+	@# Where that torch is in a virtual environment itself, "system" does not mean its packages.
+	@$(PYTHON) -c 'import site, sys, torch; sys.prefix == sys.base_prefix or print(*site.getsitepackages(), sep="\n")' 2>/dev/null \
+		> "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/of_python.pth" || true
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON) \
 		|| echo "Triton cannot be installed: its tests will be skipped" >&2

@@ -85,16 +85,17 @@ def main(argv: list[str]) -> int:
         print(f"bench: nothing to time: rules other than AdamW run on {' and '.join(ALL_RULES)}", file=sys.stderr)
         return 2
     memory_kept = keep_freed_memory()
-    results = []
-    try:
-        for workload, rule, clip in track(rows, "benchmark", disable=not sys.stderr.isatty(), transient=True):
+    results, failed = [], False
+    for workload, rule, clip in track(rows, "benchmark", disable=not sys.stderr.isatty(), transient=True):
+        try:
             results.append(run(workload, RULES[rule], clip, list(PEERS[options.device]), rounds, options.device))
-    except CheckFailed as error:
-        print(f"bench: {error}; not timed", file=sys.stderr)
-        return 1
-    report.write(results, options.out, memory_kept)
-    report.show(results, options.out)
-    return 0
+        except CheckFailed as error:
+            print(f"bench: {error}; not timed", file=sys.stderr)
+            failed = True
+    if results:
+        report.write(results, options.out, memory_kept)
+        report.show(results, options.out)
+    return int(failed)
 
 
 if __name__ == "__main__":

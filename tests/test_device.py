@@ -436,3 +436,18 @@ def test_capture_without_capturable_is_refused(monkeypatch, backend):
         pytest.raises(RuntimeError, match=r"param_groups\[0\]: a CUDA graph is being captured, which needs capturable"),
     ):
         optimizer.step()
+
+
+def test_memory_for_a_capture_is_given_out_once(backend):
+    """Pinned before it; what does not fit is pinned then, which newer versions of torch can."""
+    params = make_params(((5,),))
+    set_grads(params, 0)
+    optimizer = fusedopt.AdamW(params, backend=backend)
+    optimizer.step()
+    bucket = optimizer._plan.buckets[0]
+    bucket._reserve = torch.empty(200, dtype=torch.uint8)
+    values = [torch.arange(9), torch.full((2, 3), 0.5, dtype=torch.float64)]
+    copies = [bucket._reserved(each) for each in values]
+    assert all(map(same_bits, copies, values)) and len(bucket._reserve) == 8
+    with pytest.raises(RuntimeError):  # no memory can be pinned without a GPU
+        bucket._reserved(values[0])

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../rules/all.h"
+#include "../storage.h"
 #include "kernels.h"
 
 namespace fusedopt::cuda {
@@ -57,6 +58,7 @@ const char* count_blocks(Kernel kernel, int device, int* num_blocks) {
   int num_multiprocessors, per_multiprocessor;
   FO_CHECKED(cudaDeviceGetAttribute, &num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   FO_CHECKED(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &per_multiprocessor, kernel, threads, 0);
+  if (per_multiprocessor == 0) return "cudaOccupancyMaxActiveBlocksPerMultiprocessor: the kernel does not fit on the device";
   *num_blocks = num_multiprocessors * per_multiprocessor;
   return nullptr;
 }
@@ -73,6 +75,8 @@ std::string interface() {
 #else
   text += "\nmemory host";
 #endif
+  text += "\ndtypes";
+  for (const char* name : dtype_names) text += std::string(" ") + name;
   using T = float;
 #define FO_RULE(name, ...) \
   text += "\nrule " name " " + std::to_string(sizeof(__VA_ARGS__::stores)) + " " + __VA_ARGS__::hyper_names;

@@ -63,7 +63,8 @@ extern "C" {
 #define FO_API __attribute__((visibility("default")))
 
 // Lines of "chunk <elements>", "norm <fields>", "update <fields>", with fields as "type name;", "memory device" (or "host",
-// compiled for tests), and "rule <name> <number of states> <hyperparameters>" for each rule, in the order of their indices.
+// compiled for tests), "dtypes <names>" in DType's order, and "rule <name> <number of states> <hyperparameters>" for each rule,
+// in the order of their indices.
 FO_API const char* fusedopt_cuda_interface();
 
 FO_API const char* fusedopt_cuda_num_devices(int* count);

@@ -216,9 +216,9 @@ FO_DEVICE double block_sum(double value) {
 // Whether all other blocks have come here. What they wrote before is then visible to this one, past its L1 cache.
 FO_DEVICE bool is_last_block(int32_t* ticket) {
   __shared__ bool is_last;
-  __threadfence();
   __syncthreads();  // all threads have written
   if (threadIdx.x == 0) {
+    __threadfence();
     is_last = atomicAdd(ticket, 1) == int32_t(gridDim.x) - 1;
     if (is_last) *ticket = 0;  // for the next launch
     __threadfence();

@@ -25,6 +25,7 @@ template <class Rule, class T>
 struct Update {
   static constexpr int num_states = sizeof(Rule::stores) / sizeof(bool);
   static constexpr int step_row = first_state_row + num_states, extra_row = step_row + 1;
+  using all_states = std::make_integer_sequence<int, num_states>;
   static constexpr int num_hyper = sizeof(typename Rule::Hyper) / sizeof(double);
   static constexpr DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;  // of states, and computed in
   static_assert(chunk_elements % Stretch<T>::elements == 0);
@@ -53,47 +54,62 @@ struct Update {
     return Rule::prepare(*reinterpret_cast<const typename Rule::Hyper*>(hyper), grad_coef, key.step, extra);
   }
 
+  // What all chunks of an entry share.
+  struct Entry {
+    void *param, *grad, *states[num_states];
+    int64_t numel;
+    DType param_dtype, grad_dtype;
+    bool is_aligned;
+  };
+
+  template <int... state>
+  FO_DEVICE static Entry entry_of(const UpdateArguments& args, int index, std::integer_sequence<int, state...>) {
+    const Column column(args, index);
+    Entry entry{column[param_row], args.grads[index], {Rule::stores[state] ? column[first_state_row + state] : nullptr ...}};
+    entry.numel = args.numel[index];
+    entry.param_dtype = sizeof(T) == 8 ? dtype : DType(args.formats[index] & 0xff);
+    entry.grad_dtype = DType(args.formats[index] >> 8);
+    entry.is_aligned = is_vector(entry.param) && is_vector(entry.grad) && (... && is_vector(entry.states[state])) &&
+                       (sizeof(T) == 4 || entry.grad_dtype == dtype);
+    return entry;
+  }
+
   template <bool by_vectors, int... state>
-  FO_DEVICE static void stretch(const Rule& rule, const Stretch<T>& stretch, const Column& column, void* grad_address,
-                                DType param_dtype, DType grad_dtype, std::integer_sequence<int, state...>) {
+  FO_DEVICE static void update_stretch(const Rule& rule, const Entry& entry, const Stretch<T>& stretch,
+                                       std::integer_sequence<int, state...>) {
     constexpr int count = Stretch<T>::per_part;
     Part<T, by_vectors> param, grad, states[num_states];
 #pragma unroll 1
     for (int part = 0; part < stretch.parts; ++part) {
-      param.load(stretch, part, column[param_row], param_dtype);
-      grad.load(stretch, part, grad_address, grad_dtype);
-      ((Rule::stores[state] ? states[state].load(stretch, part, column[first_state_row + state], dtype) : void()), ...);
+      const int left = stretch.left(part);
+      if (!by_vectors && left <= 0) break;
+      param.load(stretch, part, entry.param, entry.param_dtype);
+      grad.load(stretch, part, entry.grad, entry.grad_dtype);
+      ((Rule::stores[state] ? states[state].load(stretch, part, entry.states[state], dtype) : void()), ...);
       T param_values[count], grad_values[count], state_values[num_states][count];
-      param.decode(part, param_dtype, param_values);
-      grad.decode(part, grad_dtype, grad_values);
+      param.decode(part, entry.param_dtype, param_values);
+      grad.decode(part, entry.grad_dtype, grad_values);
       ((Rule::stores[state] ? states[state].decode(part, dtype, state_values[state]) : void()), ...);
 #pragma unroll
-      for (int i = 0; i < count; ++i) rule(param_values[i], grad_values[i], state_values[state][i]...);
-      param.encode(param_dtype, param_values);
-      param.store(stretch, part, column[param_row], param_dtype);
+      for (int i = 0; i < count; ++i) {
+        if (by_vectors || i * threads < left) rule(param_values[i], grad_values[i], state_values[state][i]...);
+      }
+      param.encode(entry.param_dtype, param_values);
+      param.store(stretch, part, entry.param, entry.param_dtype);
       ((Rule::stores[state] ? states[state].encode(dtype, state_values[state]) : void()), ...);
-      ((Rule::stores[state] ? states[state].store(stretch, part, column[first_state_row + state], dtype) : void()), ...);
+      ((Rule::stores[state] ? states[state].store(stretch, part, entry.states[state], dtype) : void()), ...);
     }
   }
 
-  template <int... state>
-  FO_DEVICE static void chunk(const UpdateArguments& args, const Rule& rule, int chunk, int entry, const Column& column,
-                              std::integer_sequence<int, state...> all_states) {
-    void* const grad = args.grads[entry];
-    const DType param_dtype = sizeof(T) == 8 ? dtype : DType(args.formats[entry] & 0xff);
-    const DType grad_dtype = DType(args.formats[entry] >> 8);
-    const bool is_aligned = is_vector(column[param_row]) && is_vector(grad) &&
-                            (... && (!Rule::stores[state] || is_vector(column[first_state_row + state]))) &&
-                            (sizeof(T) == 4 || grad_dtype == dtype);
-    Stretch<T> part;
-    part.begin = int64_t(args.index_of[chunk]) * chunk_elements;
-    int left = int(min(int64_t(chunk_elements), args.numel[entry] - part.begin));
-    for (; left > 0; left -= Stretch<T>::elements, part.begin += Stretch<T>::elements) {
-      part.count = min(left, Stretch<T>::elements);
-      if (is_aligned && part.count == Stretch<T>::elements) {
-        stretch<true>(rule, part, column, grad, param_dtype, grad_dtype, all_states);
+  FO_DEVICE static void update_chunk(const Rule& rule, const Entry& entry, int64_t begin) {
+    Stretch<T> stretch{begin};
+    int left = int(min(int64_t(chunk_elements), entry.numel - begin));
+    for (; left > 0; left -= Stretch<T>::elements, stretch.begin += Stretch<T>::elements) {
+      stretch.count = min(left, Stretch<T>::elements);
+      if (entry.is_aligned && stretch.count == Stretch<T>::elements) {
+        update_stretch<true>(rule, entry, stretch, all_states());
       } else {
-        stretch<false>(rule, part, column, grad, param_dtype, grad_dtype, all_states);
+        update_stretch<false>(rule, entry, stretch, all_states());
       }
     }
   }
@@ -120,13 +136,16 @@ struct Update {
     }
   }
 
-  // The same of the extra scalars, which follow from the step counts of before.
+  // The same of the extra scalars, which follow from the step counts of before; that is costly, and mostly what it was for
+  // the thread's entry before.
   FO_DEVICE static void advance_extras(const UpdateArguments& args) {
+    Key known{-1};
+    double extra = 0;
     for (int entry = threadIdx.x; entry < args.num_entries; entry += threads) {
       if (args.grads[entry] == nullptr) continue;
       const Column column(args, entry);
-      double extra;
-      prepare(args, key_of(args, entry, column), extra);
+      const Key key = key_of(args, entry, column);
+      if (!(key == known)) prepare(args, key, extra), known = key;
       *global<T>(column[extra_row]) = T(extra);
     }
   }
@@ -137,7 +156,7 @@ template <class Rule, class T>
 constexpr int min_blocks() {
   int num_kept = 0;
   for (int state = 0; state < Update<Rule, T>::num_states; ++state) num_kept += Rule::stores[state];
-  return sizeof(T) == 8 || num_kept == 3 ? 4 : 5;
+  return sizeof(T) == 8 || num_kept >= 2 ? 4 : 5;
 }
 
 // One step of every entry that has a gradient; none, if one of them is known not to be finite: that is then counted.
@@ -148,23 +167,33 @@ __global__ void __launch_bounds__(threads, (min_blocks<Rule, T>())) update(const
     if (args.counts_skip && blockIdx.x == 0 && threadIdx.x == 0) ++*args.skipped;
     return;
   }
-  __shared__ Rule shared_rule;
+  __shared__ Rule rule;
   __shared__ typename Of::Key known;
   if (threadIdx.x == 0) known.group = -1;
   __syncthreads();
-  double unused;
+  int last = -1;
+  typename Of::Entry entry;
   // Backwards, because the norm went forwards: the gradients that it read last are still in the cache.
   for (int chunk = args.num_chunks - 1 - int(blockIdx.x); chunk >= 0; chunk -= gridDim.x) {
-    const int entry = args.entry_of[chunk];
-    if (args.grads[entry] == nullptr) continue;
-    const Column column(args, entry);
-    const typename Of::Key key = Of::key_of(args, entry, column);
-    if (!(key == known)) {
-      __syncthreads();  // all threads are done with the last one
-      if (threadIdx.x == 0) shared_rule = Of::prepare(args, key, unused), known = key;
-      __syncthreads();
+    const int index = args.entry_of[chunk];
+    const int64_t begin = int64_t(args.index_of[chunk]) * chunk_elements;
+    if (index != last) {
+      last = index;
+      entry = Of::entry_of(args, index, typename Of::all_states());
+      if (entry.grad != nullptr) {
+        const typename Of::Key key = Of::key_of(args, index, Column(args, index));
+        if (!(key == known)) {
+          __syncthreads();  // all threads are done with the last one
+          if (threadIdx.x == 0) {
+            double unused;
+            rule = Of::prepare(args, key, unused);
+            known = key;
+          }
+          __syncthreads();
+        }
+      }
     }
-    Of::chunk(args, shared_rule, chunk, entry, column, std::make_integer_sequence<int, Of::num_states>());
+    if (entry.grad != nullptr) Of::update_chunk(rule, entry, begin);
   }
   // Step counts move when no block reads them any more.
   if (!is_last_block(args.ticket)) return;

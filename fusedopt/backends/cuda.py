@@ -22,64 +22,54 @@ if TYPE_CHECKING:
 
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 SCALARS_ON_DEVICE = True
-FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/storage.h
 
 
 def _structure(name: str, fields: str) -> type[ctypes.Structure]:
-    """Of pointers and, in capitals, 32-bit integers."""
-    kinds = [(field.lower(), c_int32 if field.isupper() else c_void_p) for field in fields.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": kinds})
-
-
-# As csrc/cuda/api.h has them.
-TABLES = "grads entry_of index_of numel formats NUM_CHUNKS"
-NormArguments = _structure(
-    "NormArguments",
-    f"{TABLES} FIRST_PARTIAL NUM_PARTIALS partials ticket max_norm previous grad_scale norm control IS_FINAL IS_NORM_DOUBLE",
-)
-UpdateArguments = _structure(
-    "UpdateArguments",
-    f"{TABLES} NUM_ENTRIES addresses group_of hyper control grad_scale found_inf skipped ticket "
-    "SKIPS_NONFINITE COUNTS_SKIP HAS_EXTRA",
-)
+    """One with C's fields, "type name;" each: pointers, or int32_t."""
+    kinds = [field.rsplit(" ", 1) for field in fields.split(";") if field]
+    types = [(field, c_void_p if "*" in kind else {"int32_t": c_int32}[kind]) for kind, field in kinds]
+    return type(name, (ctypes.Structure,), {"_fields_": types})
 
 
 class Library:
-    """The loaded object.
+    """The loaded object, and what it says of itself.
 
     Raises:
         OSError: it does not load.
-        RuntimeError: it is of another version of fusedopt.
+        RuntimeError, AttributeError, KeyError, ValueError: it is of another version of fusedopt.
     """
 
     def __init__(self, path: Path):
         self._functions = functions = ctypes.CDLL(str(path))
-        launch = [c_int32, c_int32, c_void_p]  # blocks, device, stream
-        for name, *arguments in (
-            ("interface",),
-            ("num_devices", POINTER(c_int32)),
-            ("num_blocks", c_int32, c_int32, c_int32, POINTER(c_int32)),
-            ("norm", POINTER(NormArguments), *launch),
-            ("update", c_int32, c_int32, POINTER(UpdateArguments), *launch),
-        ):
-            function = getattr(functions, f"fusedopt_cuda_{name}", None)
-            if function is None:
-                raise RuntimeError(f"it has no function {name!r}")
-            function.restype, function.argtypes = c_char_p, arguments
+        functions.fusedopt_cuda_interface.restype = c_char_p
         facts = [line.split(" ", 1) for line in functions.fusedopt_cuda_interface().decode().splitlines()]
         known = dict(facts)
         self.is_on_host = known["memory"] == "host"
         self.chunk = int(known["chunk"])
-        for what, structure in (("norm", NormArguments), ("update", UpdateArguments)):
-            fields = [field.split()[-1] for field in known[what].split(";") if field]
-            if fields != [name for name, _ in structure._fields_]:
-                raise RuntimeError(f"the arguments of its {what} differ")
+        self.dtypes = {getattr(torch, name): index for index, name in enumerate(known["dtypes"].split())}
+        self.norm_arguments = _structure("NormArguments", known["norm"])
+        self.update_arguments = _structure("UpdateArguments", known["update"])
         rules = [text.split(" ", 2) for kind, text in facts if kind == "rule"]
         self.rules = {name: index for index, (name, *_) in enumerate(rules)}
         theirs = {(name.split("_")[0], int(num_states), hyper) for name, num_states, hyper in rules}
         ours = {(rule.name, len(rule.states), " ".join(rule.hyper)) for rule in RULES.values()}
         if theirs != ours:
             raise RuntimeError(f"it differs in the rule {min(theirs ^ ours)[0]!r}")
+        for what, structure, names in (
+            ("norm", self.norm_arguments, device.NORM_ARGUMENTS | {"formats", "is_norm_double"}),
+            ("update", self.update_arguments, device.UPDATE_ARGUMENTS | {"formats", "has_extra"}),
+        ):
+            if {name for name, _ in structure._fields_} != names:
+                raise RuntimeError(f"the arguments of its {what} differ")
+        launch = [c_int32, c_int32, c_void_p]  # blocks, device, stream
+        for name, *arguments in (
+            ("num_devices", POINTER(c_int32)),
+            ("num_blocks", c_int32, c_int32, c_int32, POINTER(c_int32)),
+            ("norm", POINTER(self.norm_arguments), *launch),
+            ("update", c_int32, c_int32, POINTER(self.update_arguments), *launch),
+        ):
+            function = getattr(functions, f"fusedopt_cuda_{name}")
+            function.restype, function.argtypes = c_char_p, arguments
 
     def call(self, name: str, *arguments: Any) -> None:
         """Raises RuntimeError with the CUDA call that failed, and why."""
@@ -103,7 +93,7 @@ def _load() -> tuple[Library | None, str]:
         library = Library(LIBRARY)
     except OSError as error:
         return None, f"built, but does not load: {error}"
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (RuntimeError, AttributeError, KeyError, ValueError) as error:
         return None, f"built from another version of fusedopt ({error}); install fusedopt again"
     try:
         count = library.count("num_devices")
@@ -168,11 +158,12 @@ class Kernels(device.Kernels):
         self.norm_programs = min(chunks, library.count("num_blocks", -1, 0, self._index))
         self._update_programs = min(chunks, library.count("num_blocks", *self._kernel, self._index))
         formats = [
-            FORMATS[device.as_real(entry.param.detach()).dtype] | FORMATS[device.grad_dtype(entry)] << 8
+            library.dtypes[device.as_real(entry.param.detach()).dtype] | library.dtypes[device.grad_dtype(entry)] << 8
             for entry in entries
         ]
         self.tables = {"formats": torch.tensor(formats, dtype=torch.int32, device="cpu")}
-        self._norm_arguments, self._update_arguments = _Filled(NormArguments), _Filled(UpdateArguments)
+        self._norm_arguments = _Filled(library.norm_arguments)
+        self._update_arguments = _Filled(library.update_arguments)
 
     def _where(self) -> tuple[int, int]:
         """Device and stream."""

@@ -28,6 +28,14 @@ Upload = Callable[[torch.Tensor], torch.Tensor]
 # What captured graphs read, for good: nobody says when a graph is gone.
 _captured: list[Any] = []
 _NOTHING = contextlib.nullcontext()
+# What both engines' kernels take, by name (kernels/engine.py).
+TABLE_ARGUMENTS = {"grads", "entry_of", "index_of", "numel", "num_chunks", "ticket", "control", "grad_scale"}
+NORM_ARGUMENTS = TABLE_ARGUMENTS | {
+    "partials", "first_partial", "num_partials", "max_norm", "previous", "norm", "is_final",
+}  # fmt: skip
+UPDATE_ARGUMENTS = TABLE_ARGUMENTS | {
+    "num_entries", "addresses", "group_of", "hyper", "found_inf", "skipped", "skips_nonfinite", "counts_skip",
+}  # fmt: skip
 GRAD = -1  # slot of the gradient, whose addresses are apart; others are rows of the kernels' table
 
 
@@ -75,7 +83,8 @@ class Bucket(ABC):
         self.device = next((entry for entry in self.entries if not entry.is_idle), self.entries[0]).param.device
         self._watch = table_of(self.entries, is_host=self.device.type == "cpu") if _C else None
         self._is_used = False  # nothing watches without the extension: then good for one step
-        self._is_captured = False  # what was uploaded is there only when a graph is replayed
+        self._is_captured = False  # what was uploaded since the last step is there only when a graph is replayed
+        self._reserve: torch.Tensor | None = None  # pinned memory for the next capture, which cannot allocate any
         self._stream: int | None = None
         self._grads_seen: bytes | None = None
         self._hyper_seen: list[list] | None = None
@@ -108,15 +117,19 @@ class Bucket(ABC):
             return True
         with self._on_device():
             stream = _current_stream(self.device)
-            if stream != self._stream:  # what was uploaded on another stream may not have arrived
-                self._stream, self._grads_seen, self._hyper_seen, self._constants = stream, None, None, {}
+            if self._stream is None:
                 for table in self._tables:
                     table.upload_chunks(self._upload)
+                    table.upload_addresses(self._upload)
                 programs = sum(table.kernels.norm_programs for table in self._tables)
                 self._partials = torch.zeros((3, programs), dtype=torch.float64, device=self.device)
                 self._ticket = torch.zeros((), dtype=torch.int32, device=self.device)
-                for table in self._tables:
-                    table.upload_addresses(self._upload)
+            elif stream != self._stream:
+                # Whoever steps on another stream has made it wait for the last step, and so for what was uploaded before that.
+                for tensor in self._uploaded():
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
+            self._stream = stream
+            self._make_reserve()
             addresses = self._grad_addresses()
             has_copies = any([table.stage(self._upload) for table in self._tables])  # noqa: C419  each must make its own
             if addresses != self._grads_seen or has_copies:
@@ -128,7 +141,9 @@ class Bucket(ABC):
     def release(self) -> None:
         self._is_used = self._watch is None
         if self._is_captured:
-            self._stream, self._is_captured = None, False
+            self._grads_seen, self._hyper_seen, self._constants, self._is_captured = None, None, {}, False
+            if any(table.has_copies for table in self._tables):
+                self._stream = None  # the addresses were uploaded too
         if self._watch is not None:
             self._watch.release()
         for table in self._tables:
@@ -156,12 +171,39 @@ class Bucket(ABC):
         """A copy on the device, without waiting for it. New memory each time, as a kernel may still read the old."""
         if self.device.type == "cpu":
             return values.clone()
-        pinned = values.pin_memory()
-        copy = pinned.to(self.device, non_blocking=True)
         if self.is_capturing:
+            pinned = self._reserved(values)
             _captured.append(pinned)  # every replay of the graph copies again
             self._is_captured = True
-        return copy
+        else:
+            pinned = values.pin_memory()
+        return pinned.to(self.device, non_blocking=True)
+
+    def _make_reserve(self) -> None:
+        """Pinned memory for what a capture may upload: gradients' addresses, hyperparameters, some constants."""
+        if self.device.type == "cpu" or self._reserve is not None or self.is_capturing:
+            return
+        num_groups = max(entry.group for entry in self.entries) + 1
+        size = 8 * len(self.entries) + 8 * num_groups * (len(self._rule.hyper) + 1) + 64 * (len(self._tables) + 32)
+        self._reserve = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def _reserved(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy in memory that was pinned before the capture, if there is enough of it."""
+        size = -(values.nbytes // -64) * 64
+        if self._reserve is None or len(self._reserve) < size:
+            return values.pin_memory()
+        memory, self._reserve = self._reserve[: values.nbytes], self._reserve[size:]
+        return memory.view(values.dtype).view(values.shape).copy_(values)
+
+    def _uploaded(self) -> Iterator[torch.Tensor]:
+        """What is on the device beside the tensors themselves, and stays from step to step."""
+        tables = [values for table in self._tables for values in (table.arguments, table.update_arguments)]
+        for value in [value for values in tables for value in values.values()]:
+            if isinstance(value, torch.Tensor):
+                yield value
+        yield from (self._partials, self._ticket, *self._constants.values())
+        if self._hyper_seen is not None:
+            yield self._hyper
 
     def _launch(self, launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any]) -> None:
         if self.is_capturing:
@@ -240,6 +282,8 @@ class Bucket(ABC):
                 skipped=self._constant(0, torch.int64) if skipped is None else skipped,  # not written to if None
                 ticket=self._ticket,
             )  # fmt: skip
+            if control is not None and self.device.type == "cuda":  # a clip may have been made on another stream
+                control.record_stream(torch.cuda.current_stream(self.device))
             launches = []
             for table in self._tables:
                 counts_skip = int(skipped is not None and table is self._tables[0])
@@ -283,7 +327,7 @@ class Bucket(ABC):
 
 
 class _Table:
-    """Entries of one kernel and one set of dtypes, as the kernels see them.
+    """Entries that are launched together, as the kernels see them.
 
     Args:
         entries: each with its position among the bucket's entries that are not idle.

@@ -2,7 +2,8 @@
 // a fiber of its own (simt.cpp), which goes on until it comes to a barrier or a shuffle. Threads and blocks take turns in an
 // order that is drawn anew each time, so that code which counts on one of them does not get the right result for long.
 //
-// What it cannot show: missing memory fences, as only one thread runs at a time; and coalescing, caches, registers.
+// What it cannot show: missing memory fences and races between blocks, as only one thread runs at a time, and one block after the
+// other; and coalescing, caches, registers. __shared__ begins as the last block left it.
 #pragma once
 
 #include <algorithm>
