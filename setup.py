@@ -64,7 +64,7 @@ if SANITIZE:
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*")) if path.suffix in (".h", ".inl")]
 DEFAULT_ARCHS = "8.0;9.0;10.0"
 # No fused multiply-add here either: the bits of the CPU.
-CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 # What Python expects of the extension (fusedopt/extension.py).
 INTERFACE = hashlib.sha256((ROOT / "fusedopt/_C.pyi").read_bytes()).hexdigest()[:12]
 

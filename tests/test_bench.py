@@ -129,11 +129,18 @@ def test_wrong_contestant_is_not_timed(workload, clip, make, monkeypatch):
         step.run(workload, RULES["AdamW"], clip, [Contestant("wrong", make)], rounds=1)
 
 
-def test_wrong_contestant_ends_the_run_with_status_1(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(PEERS, "cpu", (Contestant("wrong", _altered(lr=2e-3)),))
+def test_wrong_contestant_costs_its_rows_and_status_1(monkeypatch, capsys, tmp_path):
+    """Others are timed and kept."""
+
+    def wrong_adamw(rule, params, clip, lr):
+        return TORCH_FUSED.make(rule, params, clip, 2 * lr if rule.name == "AdamW" else lr)
+
+    monkeypatch.setitem(PEERS, "cpu", (Contestant("wrong", wrong_adamw),))
     out = tmp_path / "cpu.json"
-    assert bench("cpu", "--workloads", "10x1m", "--repeats", 1, "--out", out) == 1
-    assert "not timed" in capsys.readouterr().err and not out.exists()
+    options = "--workloads", "10x1m", "--rules", "AdamW", "Adam", "--repeats", 1, "--out", out
+    assert bench("cpu", *options) == 1
+    assert "10x1m, AdamW, without clip: wrong differs from ours" in capsys.readouterr().err
+    assert {result["rule"] for result in json.loads(out.read_text())["results"]} == {"Adam"}
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,8 @@ def test_backend_that_cannot_be_used_says_why(source, monkeypatch):
 
 @only_on("cpu", "nothing is computed")
 def test_backend_that_does_not_fit_the_device_is_refused_by_the_step(monkeypatch):
-    monkeypatch.setattr(fusedopt.backends.cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(fusedopt.backends.cuda, "unavailable", lambda where=None: None)
+    monkeypatch.setattr(fusedopt.backends.cuda, "supports", lambda where, is_asked_for=False: where.type == "cuda")
     params = make_params(SHAPES)
     optimizer = fusedopt.AdamW(params, backend="cuda")
     set_grads(params, 0)

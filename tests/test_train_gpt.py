@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedopt.backends import cuda
+
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
@@ -148,7 +150,8 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
         ("--sptes 3", "unrecognized arguments: --sptes"),
     ],
 )
-def test_a_mistake_is_answered_with_one_line(tmp_path, capsys, argv, expected):
+def test_a_mistake_is_answered_with_one_line(tmp_path, capsys, monkeypatch, argv, expected):
+    monkeypatch.setattr(cuda, "supports", lambda where, is_asked_for=False: where.type == "cuda")  # unlike the emulator
     (tmp_path / "binary").write_bytes(b"abc\xff" * 1000)
     (tmp_path / "small").write_bytes(b"x" * 100)
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
