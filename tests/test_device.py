@@ -5,7 +5,10 @@ Triton kernels interpreted (triton_interpreter.py). The contract tests of the ot
 import functools
 import itertools
 import signal
+import sys
+import time
 
+import gpu
 import pytest
 import torch
 from cases import CASES, DTYPES, can_mix_dtypes, check_parity, dtype_id, random_grads, random_params, set_grad
@@ -455,3 +458,31 @@ def test_memory_for_a_capture_is_given_out_once(backend):
     assert all(map(same_bits, copies, values)) and len(bucket._reserve) == 8
     with pytest.raises(RuntimeError):  # no memory can be pinned without a GPU
         bucket._reserved(values[0])
+
+
+# ---- the command for a machine with a GPU ------------------------------------------------------------------------
+
+
+def test_stage_that_does_not_end_is_ended_with_all_it_started(tmp_path):
+    """And what it printed is kept; a tool that is not there is a result too."""
+    child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
+    code = (
+        f"import subprocess, sys, time; print('began', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    status, log = gpu.run(gpu.Stage("endless", [sys.executable, "-c", code], 1), 1)
+    assert status == "no time left" and log.startswith("began")
+    time.sleep(3)
+    assert not (tmp_path / "alive").exists()
+    status, log = gpu.run(gpu.Stage("absent", [str(tmp_path / "absent")], 1), 1)
+    assert status == "not there" and "absent" in log
+
+
+def test_reports_of_a_sanitizer_about_other_kernels_do_not_count():
+    log = """
+========= Invalid __global__ write of size 4 bytes
+=========     at void fusedopt::cuda::update<fusedopt::Lion<float>, float>(UpdateArguments)+0x120
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::vectorized_elementwise_kernel<4>(int)+0x90
+========= ERROR SUMMARY: 2 errors
+"""
+    assert gpu.findings(log) == 1

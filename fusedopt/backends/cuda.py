@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedopt.backends import device
+from fusedopt.backends.reference import as_real
 from fusedopt.rules import RULES
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class Kernels(device.Kernels):
         self.norm_programs = min(chunks, library.count("num_blocks", -1, 0, self._index))
         self._update_programs = min(chunks, library.count("num_blocks", *self._kernel, self._index))
         formats = [
-            library.dtypes[device.as_real(entry.param.detach()).dtype] | library.dtypes[device.grad_dtype(entry)] << 8
+            library.dtypes[as_real(entry.param.detach()).dtype] | library.dtypes[device.grad_dtype(entry)] << 8
             for entry in entries
         ]
         self.tables = {"formats": torch.tensor(formats, dtype=torch.int32, device="cpu")}

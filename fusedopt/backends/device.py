@@ -84,7 +84,9 @@ class Bucket(ABC):
         self._watch = table_of(self.entries, is_host=self.device.type == "cpu") if _C else None
         self._is_used = False  # nothing watches without the extension: then good for one step
         self._is_captured = False  # what was uploaded since the last step is there only when a graph is replayed
-        self._reserve: torch.Tensor | None = None  # pinned memory for the next capture, which cannot allocate any
+        self._reserve = torch.empty(
+            0, dtype=torch.uint8, device="cpu"
+        )  # pinned memory for captures, which allocate none
         self._stream: int | None = None
         self._grads_seen: bytes | None = None
         self._hyper_seen: list[list] | None = None
@@ -95,6 +97,9 @@ class Bucket(ABC):
         self._tables = [
             _Table(of_table, self.kernels([entry for _, entry in of_table])) for of_table in tables.values()
         ]
+
+        num_hyper = (max(entry.group for entry in self.entries) + 1) * (len(rule.hyper) + 1)
+        self._capture_bytes = 8 * (len(self.entries) + num_hyper) + 64 * (len(self._tables) + 32)
 
     @abstractmethod
     def key(self, entry: Entry) -> Hashable:
@@ -180,17 +185,15 @@ class Bucket(ABC):
         return pinned.to(self.device, non_blocking=True)
 
     def _make_reserve(self) -> None:
-        """Pinned memory for what a capture may upload: gradients' addresses, hyperparameters, some constants."""
-        if self.device.type == "cpu" or self._reserve is not None or self.is_capturing:
+        """Pinned memory for what captures may upload: gradients' addresses, hyperparameters, some constants."""
+        if self.device.type == "cpu" or len(self._reserve) >= self._capture_bytes or self.is_capturing:
             return
-        num_groups = max(entry.group for entry in self.entries) + 1
-        size = 8 * len(self.entries) + 8 * num_groups * (len(self._rule.hyper) + 1) + 64 * (len(self._tables) + 32)
-        self._reserve = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._reserve = torch.empty(4 * self._capture_bytes, dtype=torch.uint8, pin_memory=True)  # several captures
 
     def _reserved(self, values: torch.Tensor) -> torch.Tensor:
         """A copy in memory that was pinned before the capture, if there is enough of it."""
         size = -(values.nbytes // -64) * 64
-        if self._reserve is None or len(self._reserve) < size:
+        if len(self._reserve) < size:
             return values.pin_memory()
         memory, self._reserve = self._reserve[: values.nbytes], self._reserve[size:]
         return memory.view(values.dtype).view(values.shape).copy_(values)
