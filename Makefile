@@ -41,7 +41,7 @@ bench: $(VENV)/built
 
 # With the packages that are there: such a machine often has no way to others, and the linter is not needed.
 gpu: $(VENV)/made
-	FUSEDOPT_REQUIRE_CPU=1 FUSEDOPT_BUILD_CUDA=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	PATH="$$PATH:/usr/local/cuda/bin" FUSEDOPT_REQUIRE_CPU=1 FUSEDOPT_BUILD_CUDA=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m tests.gpu --out $(OUT) $(ARGS)
 
 kernels: $(VENV)/built

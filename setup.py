@@ -6,7 +6,7 @@ Environment:
     FUSEDOPT_REQUIRE_CPU 1: fail instead; so does `setup.py build_ext`, which asks for the extension (default: 0)
     FUSEDOPT_BUILD_CUDA  auto (default: build it if nvcc is found) | 0 | 1 (fail without nvcc)
     FUSEDOPT_CUDA_ARCHS  compute capabilities, as "8.0;9.0+PTX"; else TORCH_CUDA_ARCH_LIST; else 8.0, 9.0, 10.0
-    CUDA_HOME, CUDA_PATH where to look for bin/nvcc before PATH, and after that in /usr/local/cuda
+    CUDA_HOME, CUDA_PATH where to look for bin/nvcc before PATH
     MAX_JOBS             compilers at a time (default: the number of cores)
     FUSEDOPT_SANITIZE    for tests only (make sanitize): address,undefined or thread, as for the compiler's -fsanitize
 """
@@ -97,7 +97,7 @@ def find_nvcc():
     for candidate in [Path(home) / "bin" / "nvcc" for home in homes]:
         if candidate.is_file():
             return str(candidate)
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return shutil.which("nvcc")
 
 
 def wants_cuda():

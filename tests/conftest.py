@@ -34,10 +34,10 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Triton's interpreter is slow: there, contract tests of all classes and dtypes run with one of each.
+    """On the host the GPU backends are slow: there, contract tests run with a part of the classes and dtypes.
 
-    Only the rule's own mathematics and its states differ between them, and these have tests in test_triton.py. With
-    FUSEDOPT_TEST_ALL=1 they run with all.
+    With one of each in Triton's interpreter, with one dtype in the CUDA emulator. Only the rule's own mathematics and its states
+    differ between them, and these have tests in test_device.py. With FUSEDOPT_TEST_ALL=1 they run with all.
     """
     left_out = [item for item in items if _is_left_out(getattr(getattr(item, "callspec", None), "params", {}))]
     config.hook.pytest_deselected(items=left_out)
@@ -46,10 +46,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _is_left_out(params):
-    if params.get("on_backend") != "triton" or os.environ.get("FUSEDOPT_TEST_ALL") == "1":
+    backend = params.get("on_backend")
+    if backend not in ("cuda", "triton") or os.environ.get("FUSEDOPT_TEST_ALL") == "1":
         return False
     is_adamw = str(params.get("spec", "AdamW")) == "AdamW" and str(params.get("case", "AdamW(")).startswith("AdamW(")
-    return not is_adamw or params.get("dtype", torch.float32) != torch.float32
+    return params.get("dtype", torch.float32) != torch.float32 or (backend == "triton" and not is_adamw)
 
 
 @pytest.fixture
