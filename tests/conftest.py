@@ -36,8 +36,8 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """On the host the GPU backends are slow: there, contract tests run with a part of the classes and dtypes.
 
-    With one of each in Triton's interpreter, with one dtype in the CUDA emulator. Only the rule's own mathematics and its states
-    differ between them, and these have tests in test_device.py. With FUSEDOPT_TEST_ALL=1 they run with all.
+    With one of each in Triton's interpreter, with one dtype in the CUDA emulator. Only the rule's own mathematics and its
+    states differ between them, and these have tests in test_device.py. With FUSEDOPT_TEST_ALL=1 they run with all.
     """
     left_out = [item for item in items if _is_left_out(getattr(getattr(item, "callspec", None), "params", {}))]
     config.hook.pytest_deselected(items=left_out)
