@@ -752,6 +752,13 @@ MUTANTS = [
             "test_device.py::test_kernels_take_every_dtype[cuda-AdamW(weight_decay=0.125)-bfloat16-float32]",
         ),
         (
+            "CUDA: half of a narrower gradient in double",
+            "csrc/cuda/block.cuh",
+            "values[i] = T(Codec::load(get<typename Codec::stored>(i)));",
+            "values[i] = T(Codec::load(get<typename Codec::stored>(i))) / (sizeof(T) / sizeof(typename Codec::stored));",
+            "test_cuda.py::test_float64_parameters_take_narrower_gradients[torch.float32]",
+        ),
+        (
             "CUDA: alignment of the gradient not looked at",
             "csrc/cuda/update.cuh",
             " && is_vector(entry.grad) &&",

@@ -41,7 +41,10 @@ def test_float64_parameters_take_narrower_gradients(grad):
     """There is no wide path for these."""
     if not can_mix_dtypes():
         pytest.skip("this torch wants gradients in the parameter's dtype")
-    check_parity(CASES[-1], torch.float64, grad, sizes=(CHUNK * 2, 5, 1023), steps=3, backend="cuda")
+    sgd = next(
+        case for case in CASES if "momentum" in case.kwargs
+    )  # of a gradient Lion shows the sign, Adam hardly the scale
+    check_parity(sgd, torch.float64, grad, sizes=(CHUNK * 2, 5, 1023), steps=3, backend="cuda")
 
 
 def test_any_dtypes_of_one_kernel_share_its_launches(monkeypatch):

@@ -212,5 +212,4 @@ constexpr UpdateKernel updates[num_rules] = {
 };
 
 }  // namespace
-
 }  // namespace fusedopt::cuda
