@@ -301,8 +301,9 @@ class Bucket {
 
   // `grad` may be None (the layout of `param` is then expected of a later one); states that are not stored are None.
   // is_strided: the tensors do not share one dense layout, so elements are paired by index instead of by address.
+  // `source`, if it is not None, has the parameter's shape.
   void add(const py::object& param, const py::object& grad, const py::list& states, const py::object& step,
-           const py::object& extra, int rule, int group, bool is_strided) {
+           const py::object& extra, const py::object& source, int rule, int group, bool is_strided) {
     Planned planned;
     planned.param = remember(param);
     planned.grad_layout = planned.param.layout;
@@ -334,6 +335,10 @@ class Bucket {
       const Seen& scalar = planned.written[planned.num_written++] = remember(extra);
       entry.extra = scalar.data;
       entry.extra_dtype = DType(scalar.layout->dtype);
+    }
+    if (!source.is_none()) {
+      const Seen& saved = planned.written[planned.num_written++] = remember(source);
+      entry.source = operand(saved.data, *saved.layout, is_strided);
     }
     table_.entries.push_back(std::move(entry));
     planned_.push_back(planned);
@@ -411,9 +416,12 @@ class Bucket {
 
   bool all_active() const { return num_active_ == planned_.size(); }
 
-  double grad_norm(int num_threads) {
+  double grad_norm(const std::vector<bool>& is_weighted, int num_threads) {
+    for (const Entry& entry : table_.entries) {
+      if (size_t(entry.group) >= is_weighted.size()) throw std::invalid_argument("is_weighted is too short");
+    }
     py::gil_scoped_release unlocked;
-    return cpu::grad_norm(table_, num_threads);
+    return cpu::grad_norm(table_, is_weighted, num_threads);
   }
 
   // Index, in the order added, of the first parameter whose gradient is not finite; -1 if none.
@@ -427,15 +435,15 @@ class Bucket {
 
   // increment_version(written) tells autograd; the other threads begin meanwhile. An interrupt in it comes out when the
   // update is complete.
-  void update(const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef, int num_threads,
-              const py::function& increment_version, const py::list& written) {
+  void update(const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef, bool from_source,
+              int num_threads, const py::function& increment_version, const py::list& written) {
     std::optional<py::gil_scoped_release> unlocked;
     const auto lead = [&] {
       increment_version(written);
       unlocked.emplace();
     };
     try {
-      cpu::update(table_, hyper, grad_coef, num_threads, lead);
+      cpu::update(table_, hyper, grad_coef, from_source, num_threads, lead);
     } catch (const py::error_already_set&) {
       increment_version(written);  // perhaps it did not get so far
       throw;
@@ -458,7 +466,7 @@ class Bucket {
     PyTypeObject* grad_type = nullptr;
     const Layout* grad_layout = nullptr;
     bool may_be_lazy = false;  // the gradient, and the parameter too where it is complex
-    Seen written[max_states + 2];  // states, step count, extra
+    Seen written[max_states + 3];  // states, step count, extra, source
     int num_written = 0;
     int entry = -1;  // index into the table; -1: idle
 
@@ -558,12 +566,12 @@ class Bucket {
 py::dict rule_table() {
   py::dict table;
   int index = 0;
-#define FO_RULE(name, ...)                                                                                   \
-  {                                                                                                          \
-    using T = double;                                                                                        \
-    using Rule = __VA_ARGS__;                                                                                \
-    table[name] = py::make_tuple(index++, py::str(Rule::hyper_names), sizeof(Rule::stores) / sizeof(bool));  \
-    static_assert(sizeof(Rule::stores) / sizeof(bool) <= max_states);                                        \
+#define FO_RULE(name, ...)                                                                                       \
+  {                                                                                                              \
+    using T = double;                                                                                            \
+    using Rule = __VA_ARGS__;                                                                                    \
+    table[name] = py::make_tuple(index++, py::str(Rule::hyper_names), num_states<Rule>, SumsOf<Rule>::count);    \
+    static_assert(num_states<Rule> <= max_states);                                                               \
   }
   FO_RULES(FO_RULE)
 #undef FO_RULE
@@ -599,17 +607,17 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<bool>(), py::arg("is_host"))
       .def("add_idle", &Bucket::add_idle, py::arg("param"))
       .def("add", &Bucket::add, py::arg("param"), py::arg("grad"), py::arg("states"), py::arg("step"), py::arg("extra"),
-           py::arg("rule"), py::arg("group"), py::arg("is_strided"))
+           py::arg("source"), py::arg("rule"), py::arg("group"), py::arg("is_strided"))
       .def("finish", &Bucket::finish)
       .def("refresh", &Bucket::refresh, py::arg("num_threads"))
       .def("grad_addresses", &Bucket::grad_addresses)
       .def("release", &Bucket::release)
       .def("active", &Bucket::active)
       .def("all_active", &Bucket::all_active)
-      .def("grad_norm", &Bucket::grad_norm, py::arg("num_threads"))
+      .def("grad_norm", &Bucket::grad_norm, py::arg("is_weighted"), py::arg("num_threads"))
       .def("first_nonfinite", &Bucket::first_nonfinite)
-      .def("update", &Bucket::update, py::arg("hyper"), py::arg("grad_coef"), py::arg("num_threads"),
-           py::arg("increment_version"), py::arg("written"))
+      .def("update", &Bucket::update, py::arg("hyper"), py::arg("grad_coef"), py::arg("from_source"),
+           py::arg("num_threads"), py::arg("increment_version"), py::arg("written"))
       .def("scratch_bytes", &Bucket::scratch_bytes);
 }
 

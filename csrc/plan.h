@@ -10,7 +10,7 @@
 
 namespace fusedopt {
 
-constexpr int max_states = 3;
+constexpr int max_states = 4;
 constexpr int max_dims = 64;  // of a tensor
 
 // One tensor as an update sees it. `strides` (in elements, one per dimension of the entry's shape; owned by whoever fills
@@ -27,6 +27,7 @@ struct Entry {
   static constexpr int param = 0, grad = 1, first_state = 2;
 
   Operand operands[first_state + max_states];
+  Operand source;            // where an update can read the parameter instead, which it still writes; data null: nowhere
   std::vector<int64_t> shape;
   int64_t numel = 0;
   int rule = 0;              // index into the rules

@@ -5,8 +5,8 @@ import torch
 
 interface: str
 """Digest of this file as it was at the build; fusedopt/extension.py refuses an extension with another one."""
-rules: dict[str, tuple[int, str, int]]
-"""Kernel name -> (index, hyperparameter names in ABI order, number of state slots)."""
+rules: dict[str, tuple[int, str, int, int]]
+"""Kernel name -> (index, hyperparameter names in ABI order, number of state slots, number of sums over the tensor)."""
 max_dims: int
 has_openmp: bool
 
@@ -32,6 +32,7 @@ class Bucket:
         states: list[torch.Tensor | None],
         step: torch.Tensor,
         extra: torch.Tensor | None,
+        source: torch.Tensor | None,
         rule: int,
         group: int,
         is_strided: bool,
@@ -42,12 +43,13 @@ class Bucket:
     def release(self) -> None: ...
     def active(self) -> list[int]: ...
     def all_active(self) -> bool: ...
-    def grad_norm(self, num_threads: int) -> float: ...
+    def grad_norm(self, is_weighted: Sequence[bool], num_threads: int) -> float: ...
     def first_nonfinite(self) -> int: ...
     def update(
         self,
         hyper: Sequence[Sequence[float]],
         grad_coef: Sequence[float],
+        from_source: bool,
         num_threads: int,
         increment_version: Callable[[list[torch.Tensor]], Any],
         written: list[torch.Tensor],

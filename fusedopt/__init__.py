@@ -12,7 +12,32 @@ In a training loop::
 import torch  # noqa: F401  first, so that the extension shares torch's OpenMP runtime
 
 from fusedopt.clip import clip_grad_norm_
-from fusedopt.optimizers import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RMSprop
+from fusedopt.optimizers import (
+    LAMB,
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Adan,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+    StableAdamW,
+)
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RMSprop", "clip_grad_norm_"]
+__all__ = [
+    "LAMB",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adan",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "StableAdamW",
+    "clip_grad_norm_",
+]

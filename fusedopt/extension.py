@@ -47,8 +47,8 @@ def _difference(module: Any) -> str | None:
         built = getattr(module, "interface", "unknown")
         if built != expected:
             return f"its interface is {built}, not {expected}"
-    kernels = {(name.split("_")[0], hyper, num_states) for name, (_, hyper, num_states) in module.rules.items()}
-    table = {(rule.name, " ".join(rule.hyper), len(rule.states)) for rule in RULES.values()}
+    kernels = {(name.split("_")[0], *facts) for name, (_, *facts) in module.rules.items()}
+    table = {(rule.name, " ".join(rule.hyper), len(rule.states), rule.num_sums) for rule in RULES.values()}
     if kernels != table:
         return f"it differs in the rule {min(kernels ^ table)[0]!r}"
     return None

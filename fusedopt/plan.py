@@ -56,6 +56,7 @@ class Entry:
     states: list[torch.Tensor | None]  # one per state of the rule, None where not stored
     step: torch.Tensor | None  # 0-d float32
     extra: torch.Tensor | None  # 0-d
+    source: torch.Tensor | None = None  # the parameter's values, where an update may read them instead
     is_strided: bool = False  # param, grad and states do not share one dense layout
 
     @property
@@ -212,9 +213,17 @@ class Plan:
         """The parameters that have a gradient, in bucket order."""
         return [entry for bucket in self.buckets for entry in bucket.entries if entry.param.grad is not None]
 
+    @property
+    def is_weighted(self) -> list[bool]:
+        """For each group whether its gradients are taken times their parameters for the norm."""
+        if self.rule.norm_weight is None:
+            return [False] * len(self.scalars)
+        column = self.rule.hyper.index(self.rule.norm_weight)
+        return [bool(scalars[column]) for scalars in self.scalars]
+
     def grad_norm(self) -> float:
         """2-norm of all gradients, as they are stored."""
-        norms = [bucket.grad_norm() for bucket in self.buckets]
+        norms = [bucket.grad_norm(self.is_weighted) for bucket in self.buckets]
         return norms[0] if len(norms) == 1 else combine_norms(norms)
 
     def first_nonfinite(self) -> Entry | None:

@@ -145,6 +145,106 @@ def lion(param, grad, state, step, *, lr, betas, weight_decay, maximize=False):
     return param * (1 - lr * weight_decay) - lr * torch.where(update.isnan(), update, update.sign())
 
 
+def radam(param, grad, state, step, *, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize=False):
+    r"""θ ← θ − η m̂ rₜ √(1 − β₂ᵗ) / (√v + ε) where ρₜ > 5, else θ ← θ − η m̂.
+
+    Liu et al. 2020, "On the variance of the adaptive learning rate and beyond", arXiv:1908.03265. While the variance of
+    1/√v cannot be told from so few steps, v is not divided by. ρ∞ = 2/(1 − β₂) − 1;  ρₜ = ρ∞ − 2tβ₂ᵗ/(1 − β₂ᵗ);
+    rₜ = √( (ρₜ − 4)(ρₜ − 2)ρ∞ / ((ρ∞ − 4)(ρ∞ − 2)ρₜ) );  m, v, m̂ and both kinds of weight decay as in :func:`adam`.
+    """
+    grad = -grad if maximize else grad
+    beta1, beta2 = betas
+    if decoupled_weight_decay:
+        param = param * (1 - lr * weight_decay)
+    else:
+        grad = _with_l2(param, grad, weight_decay)
+    state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * grad
+    state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
+    update = state["exp_avg"] / (1 - beta1**step)
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
+    if rho > 5:
+        rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
+        update = update * rect * (1 - beta2**step) ** 0.5 / (state["exp_avg_sq"].sqrt() + eps)
+    return param - lr * update
+
+
+def adan(param, grad, state, step, *, lr, betas, eps, weight_decay, decoupled_weight_decay=False, maximize=False):
+    r"""θ ← (θ − η (m̂ + β₂ d̂) / (√n̂ + ε)) / (1 + ηλ), or (1 − ηλ)θ − … with ``decoupled_weight_decay``.
+
+    Xie et al. 2022, "Adan: adaptive Nesterov momentum algorithm", arXiv:2208.06677, with the betas of its published code
+    (one minus the paper's) and its bias corrections. m ← β₁m + (1 − β₁)g;  d ← β₂d + (1 − β₂)(g − g₋);
+    n ← β₃n + (1 − β₃)(g + β₂(g − g₋))²;  m̂ = m/(1 − β₁ᵗ),  d̂ = d/(1 − β₂ᵗ),  n̂ = n/(1 − β₃ᵗ).
+    m ``exp_avg``, d ``exp_avg_diff``, n ``exp_avg_sq``, g₋ ``previous_grad``, clipped as it was; g at the first step.
+    """
+    grad = -grad if maximize else grad
+    beta1, beta2, beta3 = betas
+    diff = torch.zeros_like(grad) if step == 1 else grad - state["previous_grad"]
+    nesterov = grad + beta2 * diff
+    state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * grad
+    state["exp_avg_diff"] = beta2 * state["exp_avg_diff"] + (1 - beta2) * diff
+    state["exp_avg_sq"] = beta3 * state["exp_avg_sq"] + (1 - beta3) * nesterov * nesterov
+    state["previous_grad"] = grad
+    update = state["exp_avg"] / (1 - beta1**step) + beta2 * state["exp_avg_diff"] / (1 - beta2**step)
+    update = update / ((state["exp_avg_sq"] / (1 - beta3**step)).sqrt() + eps)
+    if decoupled_weight_decay:
+        return param * (1 - lr * weight_decay) - lr * update
+    return (param - lr * update) / (1 + lr * weight_decay)
+
+
+def lamb(
+    param, grad, state, step, *, lr, betas, eps, weight_decay, bias_correction=True, always_adapt=True, maximize=False
+):
+    r"""u = m̂ / (√v̂ + ε) + λθ;  θ ← θ − η (‖θ‖ / ‖u‖) u, with the 2-norms of the whole tensor.
+
+    You et al. 2020, "Large batch optimization for deep learning: training BERT in 76 minutes", arXiv:1904.00962; m, v, m̂
+    and v̂ as in :func:`adam`. The ratio is 1 where one of the norms is 0 or infinite, and without ``always_adapt`` where λ is 0.
+    """
+    grad = -grad if maximize else grad
+    beta1, beta2 = betas
+    state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * grad
+    state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
+    bias_correction1 = 1 - beta1**step if bias_correction else 1.0
+    bias_correction2 = 1 - beta2**step if bias_correction else 1.0
+    denom = (state["exp_avg_sq"] / bias_correction2).sqrt() + eps
+    update = _with_l2(param, state["exp_avg"] / bias_correction1 / denom, weight_decay)
+    ratio = 1.0
+    if always_adapt or weight_decay != 0:
+        param_norm, update_norm = float(total_norm([param])), float(total_norm([update]))
+        if all(0 < norm < float("inf") for norm in (param_norm, update_norm)):
+            ratio = param_norm / update_norm
+    return param - lr * ratio * update
+
+
+def stableadamw(param, grad, state, step, *, lr, betas, eps, weight_decay, maximize=False):
+    r"""η ← η / max(1, RMS);  θ ← (1 − ηλ)θ − η m̂ / (√v̂ + ε),  RMS² = mean of (g / max(√v̂, ε))² over the tensor.
+
+    Wortsman et al. 2023, "Stable and low-precision training for large-scale vision-language models", arXiv:2304.13013,
+    algorithm 2: AdamW with the update clipping of Adafactor. m, v, m̂ and v̂ as in :func:`adam`, from which its moments with
+    debiased betas differ in form only.
+    """
+    grad = -grad if maximize else grad
+    beta1, beta2 = betas
+    state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * grad
+    state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
+    root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt()
+    mean_square = (grad / root.clamp(min=eps)).double().square().mean() if grad.numel() else 0.0
+    lr = lr / max(1.0, float(mean_square) ** 0.5)  # as it is where the mean is NaN
+    update = state["exp_avg"] / (1 - beta1**step) / (root + eps)
+    return param * (1 - lr * weight_decay) - lr * update
+
+
+def sam(param, grad, state, step, *, rho, adaptive, maximize=False):
+    r"""The ascent before the second gradient: θ₋ ← θ;  θ ← θ + ρ g, or θ + ρ θ² g with ``adaptive``.
+
+    Foret et al. 2021, "Sharpness-aware minimization", arXiv:2010.01412; ASAM: Kwon et al. 2021, arXiv:2102.11600, with θ
+    itself as the scale. g comes divided by its global norm, that of θg with ``adaptive``. θ₋ ``old_param``.
+    """
+    grad = -grad if maximize else grad
+    state["old_param"] = param
+    return param + rho * grad * (param * param if adaptive else 1.0)
+
+
 def _with_l2(param, grad, weight_decay):
     """L2 regularisation: g + λθ. Without it θ is not looked at, so that an infinite θ does not make g NaN."""
     return grad + weight_decay * param if weight_decay != 0 else grad

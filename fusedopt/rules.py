@@ -49,11 +49,13 @@ class Rule:
     """One update rule and everything that may be known about it without knowing its formula."""
 
     name: str  # the function in reference.py, the header in csrc/rules/
-    hyper: tuple[str, ...]  # scalars, in ABI order; beta1 and beta2 are group["betas"]
+    hyper: tuple[str, ...]  # scalars, in ABI order; beta1, beta2, … are group["betas"]
     states: tuple[State, ...]
     paper: str
     optimizers: Mapping[str, str | None]  # the classes of this rule, and each one's twin in torch.optim
     keeps_step: bool = True  # state["step"] exists; without it the count is kept by the plan
+    num_sums: int = 0  # over each tensor, of what the rule measures before it updates any element
+    norm_weight: str | None = None  # the option under which gradients are taken times their parameters for the norm
     extra: str | None = None  # a second scalar per parameter that starts at 1
     own_options: Mapping[str, Any] = field(default_factory=dict)  # options torch has not, and what their absence means
     cases: tuple[Mapping[str, Any], ...] = ()  # constructor arguments for tests: every option at least once
@@ -86,10 +88,11 @@ class Rule:
         values = []
         for name in self.hyper:
             label, value = name, None
-            if name in ("beta1", "beta2"):
-                index, betas = int(name == "beta2"), group["betas"]
-                if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-                    raise ValueError(f"betas must be two numbers, got {betas!r}")
+            if name in BETAS:
+                index, betas = BETAS.index(name), group["betas"]
+                count = len(set(BETAS) & {*self.hyper})
+                if not isinstance(betas, (tuple, list)) or len(betas) != count:
+                    raise ValueError(f"betas must be {('two', 'three')[count - 2]} numbers, got {betas!r}")
                 label, value = f"betas[{index}]", betas[index]
             else:
                 value = self.option(group, name)
@@ -100,11 +103,13 @@ class Rule:
         return tuple(values)
 
 
+BETAS = ("beta1", "beta2", "beta3")  # what a group's `betas` holds
 # Every hyperparameter that must lie in a range: (smallest, largest, whether the largest is allowed).
 RANGES = {
     "lr": (0, math.inf, False),
     "beta1": (0, 1, False),
     "beta2": (0, 1, False),
+    "beta3": (0, 1, False),
     "eps": (0, math.inf, False),
     "weight_decay": (0, math.inf, False),
     "momentum": (0, math.inf, False),
@@ -112,6 +117,7 @@ RANGES = {
     "alpha": (0, 1, True),
     "lr_decay": (0, math.inf, False),
     "momentum_decay": (0, math.inf, False),
+    "rho": (0, math.inf, False),
 }
 
 # The decay of the cases is a power of two: λθ is then exact, and g + λθ keeps its relative accuracy where it cancels.
@@ -222,6 +228,67 @@ RULES = {
             cases=({"weight_decay": 0.125}, {"weight_decay": 0.125, "betas": (0.95, 0.98), "maximize": True}),
             errors=(({"betas": (-0.1, 0.9)}, r"betas\[0\] must be >= 0 and < 1, got -0.1"),),
         ),
+        Rule(
+            name="radam",
+            hyper=("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay"),
+            states=(State("exp_avg"), State("exp_avg_sq")),
+            paper="Liu et al. 2020",
+            optimizers={"RAdam": "RAdam"},
+            cases=(
+                {"weight_decay": 0.125},
+                {"weight_decay": 0.125, "decoupled_weight_decay": True, "betas": (0.8, 0.95), "maximize": True},
+            ),
+            errors=(({"betas": (0.9, -1)}, r"betas\[1\] must be >= 0 and < 1, got -1"),),
+        ),
+        Rule(
+            name="adan",
+            hyper=("lr", "beta1", "beta2", "beta3", "eps", "weight_decay", "decoupled_weight_decay"),
+            states=(State("exp_avg"), State("exp_avg_diff"), State("exp_avg_sq"), State("previous_grad")),
+            paper="Xie et al. 2022",
+            optimizers={"Adan": None},
+            cases=(
+                {"weight_decay": 0.125},
+                {"weight_decay": 0.125, "decoupled_weight_decay": True, "betas": (0.8, 0.7, 0.9), "maximize": True},
+            ),
+            errors=(
+                ({"betas": (0.9, 0.99)}, "betas must be three numbers"),
+                ({"betas": (0.9, 0.99, 1.0)}, r"betas\[2\] must be >= 0 and < 1, got 1.0"),
+            ),
+        ),
+        Rule(
+            name="lamb",
+            hyper=("lr", "beta1", "beta2", "eps", "weight_decay", "bias_correction", "always_adapt"),
+            states=(State("exp_avg"), State("exp_avg_sq")),
+            paper="You et al. 2020",
+            optimizers={"LAMB": None},
+            num_sums=2,
+            own_options={"bias_correction": True, "always_adapt": True},
+            cases=(
+                {"weight_decay": 0.125},
+                {"weight_decay": 0.125, "bias_correction": False, "betas": (0.8, 0.95), "maximize": True},
+                {"weight_decay": 0, "always_adapt": False},
+            ),
+            errors=(({"always_adapt": 2}, "always_adapt must be True or False, got 2"),),
+        ),
+        Rule(
+            name="stableadamw",
+            hyper=("lr", "beta1", "beta2", "eps", "weight_decay"),
+            states=(State("exp_avg"), State("exp_avg_sq")),
+            paper="Wortsman et al. 2023",
+            optimizers={"StableAdamW": None},
+            num_sums=1,
+            cases=({"weight_decay": 0.125}, {"weight_decay": 0.125, "betas": (0.8, 0.95), "maximize": True}),
+            errors=(({"eps": -1e-8}, "eps must be >= 0, got -1e-08"),),
+        ),
+        Rule(
+            name="sam",  # the ascent alone, which the class SAM puts before a step of any other rule
+            hyper=("rho", "adaptive"),
+            states=(State("old_param"),),
+            paper="Foret et al. 2021; Kwon et al. 2021",
+            optimizers={},
+            keeps_step=False,
+            norm_weight="adaptive",
+        ),
     )
 }
 
@@ -249,13 +316,13 @@ def check_options(rule: Rule, group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _given(group: Mapping[str, Any], name: str) -> Any:
-    return group["betas"][0 if name == "beta1" else 1] if name in ("beta1", "beta2") else group[name]
+    return group["betas"][BETAS.index(name)] if name in BETAS else group[name]
 
 
 def _check_range(name: str, value: float, low: float, high: float, includes_high: bool, given: Any) -> None:
     if value > -math.inf and (low <= value < high or (includes_high and value == high)):
         return
-    label = {"beta1": "betas[0]", "beta2": "betas[1]"}.get(name, name)
+    label = f"betas[{BETAS.index(name)}]" if name in BETAS else name
     bounds = [f">= {low:g}"] if low > -math.inf else []
     if high < math.inf:
         bounds.append(f"{'<=' if includes_high else '<'} {high:g}")

@@ -1,11 +1,15 @@
-"""The two kernels that run any rule over any number of tensors: `global_norm` and `update`. No formula of a rule is here.
+"""The kernels that run any rule over any number of tensors: `global_norm` and `update`, and for a rule that sums over tensors
+`measure` and `add_up` before the update. No formula of a rule is here.
 
-Both walk the same tables, in device memory:
+They walk the same tables, in device memory:
     grads       int64 [num_entries]: the gradients' addresses; 0: none in this step, the entry takes no part
-    addresses   int64 [slots, num_entries]: of each entry's parameter, states, step count and extra scalar, in this order
+    addresses   int64 [slots, num_entries]: of each entry's parameter, states, step count, extra scalar and source, in this
+                order; the source is where an update can read the parameter instead (FROM_SOURCE), in DTYPE
+    weights     int64 [num_entries]: what gradients are multiplied with for the norm: 0: nothing, or the parameter's address
     entry_of    int32 [num_chunks], index_of int32 [num_chunks]: chunk c is the index_of[c]-th stretch of `CHUNK` elements of
                 entry entry_of[c]
     numel       int64 [num_entries], group_of int32 [num_entries]
+    first_chunk int32 [num_entries + 1]: entry e has the chunks from first_chunk[e] to first_chunk[e + 1]
     hyper       float64 [num_groups, NUM_HYPER + 1]: each group's hyperparameters, and what multiplies its gradients
 and pass on what belongs to a whole step as scalars in device memory, so that nobody waits for the device:
     control     float64 [2]: what gradients are multiplied with, and whether their norm is NaN or infinite (0 or 1)
@@ -16,7 +20,7 @@ A grid of any size does the same, to the bit but for the norm, whose partial sum
 import triton
 import triton.language as tl
 
-# Rows of the table of addresses: the parameter, then the states, the step count, and the extra scalar.
+# Rows of the table of addresses: the parameter, then the states, the step count, the extra scalar, and the source.
 PARAM: tl.constexpr = tl.constexpr(0)
 STATE: tl.constexpr = tl.constexpr(1)
 
@@ -33,7 +37,7 @@ def launch_options(kernel, itemsizes, warp_size, is_nvidia):
     """How a kernel is compiled for tensors of such elements; no autotuner, which would run it several times, in place.
 
     Args:
-        kernel: `global_norm` or `update`.
+        kernel: `global_norm`, `update`, or `measure`.
         itemsizes: bytes of an element of each kind of tensor that it loads.
     """
     options = {
@@ -77,9 +81,14 @@ def _store_block(address, offsets, limit, values, dtype: tl.constexpr, IS_WHOLE:
 
 
 @triton.jit
-def _sum_of_squares(sums, grad, offsets, limit, GRAD_DTYPE: tl.constexpr, IS_WHOLE: tl.constexpr):
+def _sum_of_squares(
+    sums, grad, weight, offsets, limit, GRAD_DTYPE: tl.constexpr, PARAM_DTYPE: tl.constexpr, IS_WHOLE: tl.constexpr
+):
     """Adds the squares of a block to `sums`, in float64: those of no float32 overflow or vanish there."""
     values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)
+    if weight is not None:
+        is_weighted = (offsets < limit) & (weight != 0)
+        values *= tl.load(weight.to(tl.pointer_type(PARAM_DTYPE)) + offsets, mask=is_weighted, other=1).to(tl.float64)
     if GRAD_DTYPE == tl.float64:
         huge, tiny = values * TINY, values * HUGE
         sums = (sums[0] + values * values, sums[1] + huge * huge, sums[2] + tiny * tiny)
@@ -92,13 +101,15 @@ def _sum_of_squares(sums, grad, offsets, limit, GRAD_DTYPE: tl.constexpr, IS_WHO
 def global_norm(
     grads, entry_of, index_of, numel, num_chunks,
     partials, first_partial, num_partials, ticket,
-    max_norm, previous, grad_scale, norm, control,
+    max_norm, previous, grad_scale, norm, control, weights,
     GRAD_DTYPE: tl.constexpr, IS_FINAL: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, NUM_PARTIALS: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr = None,
 ):  # fmt: skip
     """The 2-norm of all gradients, unscaled, and the coefficient that clips it.
 
     Several launches may share ``partials`` (float64 [3, num_partials], this launch's from ``first_partial`` on); the last
-    one, IS_FINAL, writes ``norm`` (0-d) and ``control``. ``previous`` is the control of a clip that came before.
+    one, IS_FINAL, writes ``norm`` (0-d) and ``control``. ``previous`` is the control of a clip that came before. ``weights``
+    may be None; else parameters are of PARAM_DTYPE.
     """
     program = tl.program_id(0)
     zeros = tl.zeros((BLOCK,), tl.float64)
@@ -113,15 +124,18 @@ def global_norm(
         if grad != 0:
             begin = tl.load(index_of + chunk).to(tl.int64) * CHUNK
             limit = tl.load(numel + entry)
+            weight = None
+            if weights is not None:
+                weight = tl.load(weights + entry)
             if (begin + CHUNK <= limit) & (grad % 16 == 0):
                 for done in range(0, CHUNK, BLOCK):
                     offsets = begin + done + tl.arange(0, BLOCK)
-                    sums = _sum_of_squares(sums, grad, offsets, limit, GRAD_DTYPE, True)
+                    sums = _sum_of_squares(sums, grad, weight, offsets, limit, GRAD_DTYPE, PARAM_DTYPE, True)
             else:
                 limit = tl.minimum(limit, begin + CHUNK)
                 while begin < limit:
                     offsets = begin + tl.arange(0, BLOCK)
-                    sums = _sum_of_squares(sums, grad, offsets, limit, GRAD_DTYPE, False)
+                    sums = _sum_of_squares(sums, grad, weight, offsets, limit, GRAD_DTYPE, PARAM_DTYPE, False)
                     begin += BLOCK
         chunk += tl.num_programs(0)
     for i in tl.static_range(len(sums)):
@@ -153,14 +167,17 @@ def global_norm(
 
 
 @triton.jit
-def _update_block(
-    row, num_entries, grad_address, offsets, limit, scalars,
-    UPDATE: tl.constexpr, STORES: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    DTYPE: tl.constexpr, IS_WHOLE: tl.constexpr,
+def _load_values(
+    row, num_entries, grad_address, offsets, limit,
+    STORES: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
+    FROM_SOURCE: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Loads a block of an entry, whose column of the table begins at `row`; computes in DTYPE; stores what is new."""
-    param_address = tl.load(row + PARAM * num_entries)
-    param = _load_block(param_address, offsets, limit, PARAM_DTYPE, IS_WHOLE).to(DTYPE)
+    """A block of an entry, whose column of the table begins at `row`: parameter, gradient and states, in DTYPE."""
+    if FROM_SOURCE:
+        source_address = tl.load(row + (STATE + len(STORES) + 2) * num_entries)
+        param = _load_block(source_address, offsets, limit, DTYPE, IS_WHOLE)
+    else:
+        param = _load_block(tl.load(row + PARAM * num_entries), offsets, limit, PARAM_DTYPE, IS_WHOLE).to(DTYPE)
     grad = _load_block(grad_address, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(DTYPE)
     states = ()
     for i in tl.static_range(len(STORES)):
@@ -168,11 +185,36 @@ def _update_block(
             states = states + (_load_block(tl.load(row + (STATE + i) * num_entries), offsets, limit, DTYPE, IS_WHOLE),)
         else:
             states = states + (grad,)  # not looked at
+    return param, grad, states
+
+
+@triton.jit
+def _update_block(
+    row, num_entries, grad_address, offsets, limit, scalars,
+    UPDATE: tl.constexpr, STORES: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, FROM_SOURCE: tl.constexpr, IS_WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Loads a block of an entry, computes, and stores what is new."""
+    param, grad, states = _load_values(
+        row, num_entries, grad_address, offsets, limit, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, IS_WHOLE
+    )
     param, states = UPDATE(scalars, param, grad, states, STORES)
-    _store_block(param_address, offsets, limit, param, PARAM_DTYPE, IS_WHOLE)
+    _store_block(tl.load(row + PARAM * num_entries), offsets, limit, param, PARAM_DTYPE, IS_WHOLE)
     for i in tl.static_range(len(STORES)):
         if STORES[i]:
             _store_block(tl.load(row + (STATE + i) * num_entries), offsets, limit, states[i], DTYPE, IS_WHOLE)
+
+
+@triton.jit
+def _misalignment(row, num_entries, grad, STORES: tl.constexpr, FROM_SOURCE: tl.constexpr):
+    """A multiple of 16 if all addresses of an entry are."""
+    misaligned = tl.load(row + PARAM * num_entries) | grad
+    for i in tl.static_range(len(STORES)):
+        if STORES[i]:
+            misaligned |= tl.load(row + (STATE + i) * num_entries)
+    if FROM_SOURCE:
+        misaligned |= tl.load(row + (STATE + len(STORES) + 2) * num_entries)
+    return misaligned
 
 
 @triton.jit
@@ -198,17 +240,96 @@ def _scalar(row, num_entries, slot, dtype: tl.constexpr, mask):
     return tl.load(row + slot * num_entries, mask=mask).to(tl.pointer_type(dtype))
 
 
+@triton.jit
+def _measure_block(
+    sums, row, num_entries, grad_address, offsets, limit, scalars,
+    MEASURE: tl.constexpr, STORES: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, FROM_SOURCE: tl.constexpr, IS_WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Adds what the rule measures of a block to `sums`."""
+    param, grad, states = _load_values(
+        row, num_entries, grad_address, offsets, limit, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, IS_WHOLE
+    )
+    measured = MEASURE(scalars, param, grad, states, STORES)
+    more = ()
+    for i in tl.static_range(len(sums)):
+        more = more + (sums[i] + tl.where(offsets < limit, measured[i], 0.0),)
+    return more
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_entries"])
+def measure(
+    grads, entry_of, index_of, numel, num_chunks, addresses, group_of, hyper, num_entries, control, grad_scale, partial_sums,
+    PREPARE: tl.constexpr, MEASURE: tl.constexpr, NUM_SUMS: tl.constexpr, STORES: tl.constexpr, NUM_HYPER: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
+    FROM_SOURCE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """What a rule sums over each tensor, chunk by chunk: partial_sums, float64 [NUM_SUMS, num_chunks]."""
+    chunk = tl.program_id(0)
+    while chunk < num_chunks:
+        entry = tl.load(entry_of + chunk)
+        row = addresses + entry
+        grad = tl.load(grads + entry)
+        if grad != 0:
+            begin = tl.load(index_of + chunk).to(tl.int64) * CHUNK
+            limit = tl.load(numel + entry)
+            scalars, _ = _prepared(
+                row, num_entries, hyper + tl.load(group_of + entry) * (NUM_HYPER + 1), control, grad_scale, None,
+                PREPARE, NUM_HYPER, len(STORES), HAS_EXTRA, DTYPE,
+            )  # fmt: skip
+            sums = ()
+            for _ in tl.static_range(NUM_SUMS):
+                sums = sums + (tl.zeros((BLOCK,), tl.float64),)
+            if (begin + CHUNK <= limit) & (_misalignment(row, num_entries, grad, STORES, FROM_SOURCE) % 16 == 0):
+                for done in range(0, CHUNK, BLOCK):
+                    offsets = begin + done + tl.arange(0, BLOCK)
+                    sums = _measure_block(
+                        sums, row, num_entries, grad, offsets, limit, scalars,
+                        MEASURE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, True,
+                    )  # fmt: skip
+            else:
+                limit = tl.minimum(limit, begin + CHUNK)
+                while begin < limit:
+                    offsets = begin + tl.arange(0, BLOCK)
+                    sums = _measure_block(
+                        sums, row, num_entries, grad, offsets, limit, scalars,
+                        MEASURE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, False,
+                    )  # fmt: skip
+                    begin += BLOCK
+            for i in tl.static_range(NUM_SUMS):
+                tl.store(partial_sums + i * num_chunks + chunk, tl.sum(sums[i]))
+        chunk += tl.num_programs(0)
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_entries"])
+def add_up(partial_sums, first_chunk, num_chunks, num_entries, sums, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of each entry, float64 [NUM_SUMS, num_entries], each in one fixed order."""
+    entry = tl.program_id(0)
+    while entry < num_entries:
+        begin, end = tl.load(first_chunk + entry), tl.load(first_chunk + entry + 1)
+        for i in tl.static_range(NUM_SUMS):
+            total = tl.zeros((BLOCK,), tl.float64)
+            first = begin
+            while first < end:
+                chunks = first + tl.arange(0, BLOCK)
+                total += tl.load(partial_sums + i * num_chunks + chunks, mask=chunks < end, other=0)
+                first += BLOCK
+            tl.store(sums + i * num_entries + entry, tl.sum(total))
+        entry += tl.num_programs(0)
+
+
 @triton.jit(do_not_specialize=["num_chunks", "num_entries", "skips_nonfinite", "counts_skip"])
 def update(
     grads, entry_of, index_of, numel, num_chunks, addresses, group_of, hyper, num_entries,
-    control, grad_scale, found_inf, skips_nonfinite, skipped, counts_skip, ticket,
-    PREPARE: tl.constexpr, UPDATE: tl.constexpr, STORES: tl.constexpr, NUM_HYPER: tl.constexpr, HAS_EXTRA: tl.constexpr,
-    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    control, grad_scale, found_inf, skips_nonfinite, skipped, counts_skip, ticket, sums,
+    PREPARE: tl.constexpr, ADAPT: tl.constexpr, UPDATE: tl.constexpr, NUM_SUMS: tl.constexpr, STORES: tl.constexpr,
+    NUM_HYPER: tl.constexpr, HAS_EXTRA: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, FROM_SOURCE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One step of every entry that has a gradient; none, if one of them is known not to be finite.
 
     Then, where ``counts_skip``, there is one more in ``skipped`` (0-d int64). STORES: for each state of the rule whether it
-    is kept. States, and what is computed in, are DTYPE.
+    is kept. States, and what is computed in, are DTYPE. ``sums``: None where NUM_SUMS is 0.
     """
     program = tl.program_id(0)
     is_skipped = (tl.load(found_inf) != 0) | ((skips_nonfinite != 0) & (tl.load(control + 1) != 0))
@@ -228,16 +349,17 @@ def update(
                     row, num_entries, hyper + tl.load(group_of + entry) * (NUM_HYPER + 1), control, grad_scale, None,
                     PREPARE, NUM_HYPER, len(STORES), HAS_EXTRA, DTYPE,
                 )  # fmt: skip
-                misaligned = tl.load(row + PARAM * num_entries) | grad
-                for i in tl.static_range(len(STORES)):
-                    if STORES[i]:
-                        misaligned |= tl.load(row + (STATE + i) * num_entries)
-                if (begin + CHUNK <= limit) & (misaligned % 16 == 0):
+                if NUM_SUMS > 0:
+                    of_entry = ()
+                    for i in tl.static_range(NUM_SUMS):
+                        of_entry = of_entry + (tl.load(sums + i * num_entries + entry),)
+                    scalars = ADAPT(scalars, of_entry, limit.to(tl.float64))
+                if (begin + CHUNK <= limit) & (_misalignment(row, num_entries, grad, STORES, FROM_SOURCE) % 16 == 0):
                     for done in range(0, CHUNK, BLOCK):
                         offsets = begin + done + tl.arange(0, BLOCK)
                         _update_block(
                             row, num_entries, grad, offsets, limit, scalars,
-                            UPDATE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, True,
+                            UPDATE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, True,
                         )  # fmt: skip
                 else:
                     limit = tl.minimum(limit, begin + CHUNK)
@@ -245,7 +367,7 @@ def update(
                         offsets = begin + tl.arange(0, BLOCK)
                         _update_block(
                             row, num_entries, grad, offsets, limit, scalars,
-                            UPDATE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, False,
+                            UPDATE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, False,
                         )  # fmt: skip
                         begin += BLOCK
             chunk += tl.num_programs(0)

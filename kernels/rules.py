@@ -3,7 +3,9 @@
 A rule is two functions, found by its name in fusedopt/rules.py. ``prepare_<rule>`` folds a group's hyperparameters (0-d
 float64, in the order of that table), the coefficient of the gradient and the step count into scalars, once for a chunk of a
 tensor; ``<rule>`` takes these, blocks of the parameter and the gradient, and a tuple of the rule's states (STORES: which of
-them are kept), and returns the new parameter and states. Both know values only: loading, storing and chunks are in engine.py.
+them are kept), and returns the new parameter and states. A rule that sums over tensors has two more: ``measure_<rule>`` gives
+blocks of float64 that are added up over each tensor, and ``adapt_<rule>`` folds the sums, and the number of elements, into the
+scalars. All know values only: loading, storing and chunks are in engine.py.
 """
 
 import triton
@@ -258,3 +260,237 @@ def lion(scalars, param, grad, states, STORES: tl.constexpr):
     update = sign(beta1 * exp_avg + one_minus_beta1 * grad)
     exp_avg = beta2 * exp_avg + one_minus_beta2 * grad
     return decay * param - lr * update, (exp_avg,)
+
+
+# ---- RAdam (radam.h) -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare_radam(hyper, grad_coef, step, extra, dtype: tl.constexpr):
+    lr, beta1, beta2, eps, weight_decay, is_decoupled = hyper
+    power2, rho_inf = power(beta2, step), 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * step * power2 / (1 - power2)
+    is_adaptive = rho > 5  # else the second moment stands for too few steps
+    ratio = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+    rectified = tl.where(is_adaptive, tl.sqrt(tl.where(is_adaptive, ratio * (1 - power2), 1.0)), 1.0)
+    return (
+        grad_coef.to(dtype),
+        tl.where(is_decoupled != 0, 0.0, weight_decay).to(dtype),
+        tl.where(is_decoupled != 0, 1 - lr * weight_decay, 1.0).to(dtype),
+        beta1.to(dtype),
+        (1 - beta1).to(dtype),
+        beta2.to(dtype),
+        (1 - beta2).to(dtype),
+        (lr * rectified / (1 - power(beta1, step))).to(dtype),
+        tl.where(is_adaptive, 1.0, 0.0).to(dtype),
+        tl.where(is_adaptive, eps, 1.0).to(dtype),
+    ), extra
+
+
+@triton.jit
+def radam(scalars, param, grad, states, STORES: tl.constexpr):
+    grad_coef, l2, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, root_share, offset = scalars
+    exp_avg, exp_avg_sq = states
+    grad = grad_coef * grad + weighted(l2, param)
+    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+    denom = weighted(root_share, square_root(exp_avg_sq)) + offset
+    return decay * param - step_size * quotient(exp_avg, denom), (exp_avg, exp_avg_sq)
+
+
+# ---- Adan (adan.h) ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare_adan(hyper, grad_coef, step, extra, dtype: tl.constexpr):
+    lr, beta1, beta2, beta3, eps, weight_decay, is_decoupled = hyper
+    decay = lr * weight_decay
+    return (
+        grad_coef.to(dtype),
+        tl.where(step > 1, 1.0, 0.0).to(dtype),
+        tl.where(is_decoupled != 0, 1 - decay, 1.0).to(dtype),
+        tl.where(is_decoupled != 0, 1.0, 1 / (1 + decay)).to(dtype),
+        beta1.to(dtype),
+        (1 - beta1).to(dtype),
+        beta2.to(dtype),
+        (1 - beta2).to(dtype),
+        beta3.to(dtype),
+        (1 - beta3).to(dtype),
+        (lr / (1 - power(beta1, step))).to(dtype),
+        (lr * beta2 / (1 - power(beta2, step))).to(dtype),
+        (1 / tl.sqrt(1 - power(beta3, step))).to(dtype),
+        eps.to(dtype),
+    ), extra
+
+
+@triton.jit
+def adan(scalars, param, grad, states, STORES: tl.constexpr):
+    (
+        grad_coef,
+        has_previous,
+        decay,
+        shrink,
+        beta1,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        beta3,
+        one_minus_beta3,
+        exp_avg_step_size,
+        diff_step_size,
+        inv_root_of_correction3,
+        eps,
+    ) = scalars
+    exp_avg, exp_avg_diff, exp_avg_sq, previous_grad = states
+    grad = grad_coef * grad
+    diff = weighted(has_previous, grad - previous_grad)
+    nesterov = grad + beta2 * diff
+    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+    exp_avg_diff = beta2 * exp_avg_diff + one_minus_beta2 * diff
+    exp_avg_sq = beta3 * exp_avg_sq + one_minus_beta3 * nesterov * nesterov
+    denom = square_root(exp_avg_sq) * inv_root_of_correction3 + eps
+    update = quotient(exp_avg_step_size * exp_avg + diff_step_size * exp_avg_diff, denom)
+    return shrink * (decay * param - update), (exp_avg, exp_avg_diff, exp_avg_sq, grad)
+
+
+# ---- LAMB (lamb.h) ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare_lamb(hyper, grad_coef, step, extra, dtype: tl.constexpr):
+    lr, beta1, beta2, eps, weight_decay, has_bias_correction, always_adapt = hyper
+    bias_correction1 = tl.where(has_bias_correction != 0, 1 - power(beta1, step), 1.0)
+    bias_correction2 = tl.where(has_bias_correction != 0, 1 - power(beta2, step), 1.0)
+    return (
+        grad_coef.to(dtype),
+        weight_decay.to(dtype),
+        beta1.to(dtype),
+        (1 - beta1).to(dtype),
+        beta2.to(dtype),
+        (1 - beta2).to(dtype),
+        (1 / bias_correction1).to(dtype),
+        (1 / tl.sqrt(bias_correction2)).to(dtype),
+        eps.to(dtype),
+        (always_adapt != 0) | (weight_decay != 0),
+        lr,
+    ), extra
+
+
+@triton.jit
+def _lamb_update(scalars, param, grad, states):
+    (
+        grad_coef,
+        l2,
+        beta1,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        inv_correction1,
+        inv_root_of_correction2,
+        eps,
+        _,
+        _,
+    ) = scalars
+    exp_avg, exp_avg_sq = states
+    grad = grad_coef * grad
+    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+    denom = square_root(exp_avg_sq) * inv_root_of_correction2 + eps
+    return inv_correction1 * quotient(exp_avg, denom) + weighted(l2, param), (exp_avg, exp_avg_sq)
+
+
+@triton.jit
+def measure_lamb(scalars, param, grad, states, STORES: tl.constexpr):
+    update, _ = _lamb_update(scalars, param, grad, states)
+    param, update = param.to(tl.float64), update.to(tl.float64)
+    return param * param, update * update
+
+
+@triton.jit
+def _is_length(squared):
+    """A norm of a masked tensor, which holds -inf, is no measure."""
+    return (squared > 0) & (squared < float("inf"))
+
+
+@triton.jit
+def adapt_lamb(scalars, sums, count):
+    squared_param, squared_update = sums
+    is_adapted, lr = scalars[9], scalars[10]
+    is_adapted = is_adapted & _is_length(squared_param) & _is_length(squared_update)
+    ratio = tl.where(is_adapted, tl.sqrt(squared_param) / tl.sqrt(squared_update), 1.0)
+    return scalars[:10] + (lr * ratio,)
+
+
+@triton.jit
+def lamb(scalars, param, grad, states, STORES: tl.constexpr):
+    update, states = _lamb_update(scalars, param, grad, states)
+    return param - scalars[10].to(param.dtype) * update, states
+
+
+# ---- StableAdamW (stableadamw.h) -------------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare_stableadamw(hyper, grad_coef, step, extra, dtype: tl.constexpr):
+    lr, beta1, beta2, eps, weight_decay = hyper
+    return (
+        grad_coef.to(dtype),
+        beta1.to(dtype),
+        (1 - beta1).to(dtype),
+        beta2.to(dtype),
+        (1 - beta2).to(dtype),
+        (1 / tl.sqrt(1 - power(beta2, step))).to(dtype),
+        eps.to(dtype),
+        weight_decay,
+        lr,
+        1 / (1 - power(beta1, step)),
+    ), extra
+
+
+@triton.jit
+def measure_stableadamw(scalars, param, grad, states, STORES: tl.constexpr):
+    grad_coef, _, _, beta2, one_minus_beta2, inv_root_of_correction2, eps, _, _, _ = scalars
+    grad = grad_coef * grad
+    exp_avg_sq = beta2 * states[1] + one_minus_beta2 * grad * grad
+    ratio = quotient(grad, maximum(square_root(exp_avg_sq) * inv_root_of_correction2, eps)).to(tl.float64)
+    return (ratio * ratio,)
+
+
+@triton.jit
+def adapt_stableadamw(scalars, sums, count):
+    weight_decay, lr, inv_correction1 = scalars[7], scalars[8], scalars[9]
+    rms = tl.sqrt(sums[0] / count)
+    lr = tl.where(rms > 1, lr / rms, lr)
+    return scalars[:7] + (1 - lr * weight_decay, lr * inv_correction1)
+
+
+@triton.jit
+def stableadamw(scalars, param, grad, states, STORES: tl.constexpr):
+    grad_coef, beta1, one_minus_beta1, beta2, one_minus_beta2, inv_root_of_correction2, eps, decay, step_size = scalars
+    exp_avg, exp_avg_sq = states
+    grad = grad_coef * grad
+    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+    denom = square_root(exp_avg_sq) * inv_root_of_correction2 + eps
+    step_size, decay = step_size.to(param.dtype), decay.to(param.dtype)
+    return decay * param - step_size * quotient(exp_avg, denom), (exp_avg, exp_avg_sq)
+
+
+# ---- SAM's ascent (sam.h) --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare_sam(hyper, grad_coef, step, extra, dtype: tl.constexpr):
+    rho, adaptive = hyper
+    return (
+        (rho * grad_coef).to(dtype),  # grad_coef is one over the norm that the gradients are divided by
+        tl.where(adaptive != 0, 0.0, 1.0).to(dtype),
+        tl.where(adaptive != 0, 1.0, 0.0).to(dtype),
+    ), extra
+
+
+@triton.jit
+def sam(scalars, param, grad, states, STORES: tl.constexpr):
+    length, plain_share, adaptive_share = scalars
+    weight = plain_share + weighted(adaptive_share, param * param)
+    return param + length * grad * weight, (param,)

@@ -104,7 +104,10 @@ def _wide(count: int, seed: int) -> torch.Tensor:
 
 
 class Oracle:
-    """The reference function in float64 over all parameters as one vector, with the states it needs."""
+    """The reference function in float64 over all parameters as one vector, with the states it needs.
+
+    Over each tensor by itself for a rule that sums over tensors.
+    """
 
     def __init__(self, case: Case, group: dict[str, Any], params: list[torch.Tensor]):
         self.rule = case.rule
@@ -113,6 +116,7 @@ class Oracle:
             name: group[name] if name in group else self.rule.own_options[name] for name in keywords(self.function)
         }
         self.param = _flat(params)
+        self.sizes = [param.numel() for param in params] if case.rule.num_sums else [len(self.param)]
         self.step_count = 0
         self.state = {}
         for slot in self.rule.stored(group):
@@ -133,7 +137,13 @@ class Oracle:
             beta1 = self.options["betas"][0]
             terms = beta1 * self.state["exp_avg"], (1 - beta1) * grad * (-1 if self.options["maximize"] else 1)
             self.is_ambiguous |= (terms[0] + terms[1]).abs() < 1e-6 * (terms[0].abs() + terms[1].abs())
-        self.param = self.function(self.param, grad, self.state, self.step_count, **self.options)
+        vectors = {name: value for name, value in self.state.items() if isinstance(value, torch.Tensor)}
+        parts = []
+        for values in zip(*(vector.split(self.sizes) for vector in (self.param, grad, *vectors.values())), strict=True):
+            state = {**self.state, **dict(zip(vectors, values[2:], strict=True))}
+            parts.append((self.function(*values[:2], state, self.step_count, **self.options), state))
+        self.param = torch.cat([param for param, _ in parts])
+        self.state = parts[-1][1] | {name: torch.cat([state[name] for _, state in parts]) for name in vectors}
 
 
 def keywords(function) -> list[str]:

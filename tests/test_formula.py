@@ -88,7 +88,7 @@ def test_table_and_header_agree_on_scalars_and_states(rule):
     """A scalar in another order would be read as another hyperparameter."""
     variants = {name: row for name, row in _C.rules.items() if name.split("_")[0] == rule.name}
     assert variants
-    for _, hyper_names, num_slots in variants.values():
+    for _, hyper_names, num_slots, _ in variants.values():
         assert tuple(hyper_names.split()) == rule.hyper
         assert num_slots == len(rule.states)
 
@@ -98,7 +98,7 @@ def test_every_kernel_variant_is_reached_by_a_case():
     for case in CASES:
         optimizer = case.make([torch.nn.Parameter(torch.ones(1))])
         reached.add(case.rule.variant(optimizer.param_groups[0]))
-    assert reached == set(_C.rules)
+    assert reached == {name for name in _C.rules if RULES[name.split("_")[0]].optimizers}  # else no class has it alone
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)

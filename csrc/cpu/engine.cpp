@@ -113,55 +113,90 @@ Compute compute_of(const Entry& entry) { return entry.computes_in_double() ? in_
 
 DType dtype_of(Compute compute) { return compute == in_double ? DType::float64 : DType::float32; }
 
-// The operand's values in the compute type: in place where memory already holds just that, else decoded into `values`.
-void* fetch(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
-  if (operand.data == nullptr) return nullptr;
-  if (operand.dtype == dtype_of(compute)) return const_cast<void*>(contiguous(operand, entry.shape, begin, count, values));
+// The operand's values decoded into `values`.
+void* decode(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
   Tile stored;
   kernels().load[compute][int(operand.dtype)](contiguous(operand, entry.shape, begin, count, stored), values.bytes, count);
   return values.bytes;
 }
 
-// The reverse of fetch: nothing to do where the values were updated in place.
-void put_back(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
-  if (operand.data == nullptr) return;
-  const bool is_strided = operand.strides != nullptr;
-  if (operand.dtype == dtype_of(compute)) {
-    if (is_strided) copy_strided<false>(operand, entry.shape, begin, count, values.bytes);
-    return;
-  }
+// The reverse of decode.
+void encode(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
   Tile stored;
+  const bool is_strided = operand.strides != nullptr;
   void* target = is_strided ? stored.bytes : operand.data + begin * itemsize(operand.dtype);
   kernels().store[compute][int(operand.dtype)](values.bytes, target, count);
   if (is_strided) copy_strided<false>(operand, entry.shape, begin, count, stored.bytes);
 }
 
-constexpr int num_operands = Entry::first_state + max_states;
-
-void update_values(const Entry& entry, const void* rule, void* const (&values)[num_operands], int64_t count) {
-  kernels().update[compute_of(entry)][entry.rule](rule, values[Entry::param], values[Entry::grad],
-                                                  values + Entry::first_state, count);
+// The operand's values in the compute type: in place where memory already holds just that, else decoded into `values`.
+void* fetch(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
+  if (operand.data == nullptr) return nullptr;
+  if (operand.dtype == dtype_of(compute)) return const_cast<void*>(contiguous(operand, entry.shape, begin, count, values));
+  return decode(operand, entry, compute, begin, count, values);
 }
 
-void update_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t count) {
-  void* values[num_operands];
-  if (entry.is_direct()) {
+// The reverse of fetch: nothing to do where the values were updated in place.
+void put_back(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
+  if (operand.dtype != dtype_of(compute)) {
+    encode(operand, entry, compute, begin, count, values);
+  } else if (operand.strides != nullptr) {
+    copy_strided<false>(operand, entry.shape, begin, count, values.bytes);
+  }
+}
+
+constexpr int num_operands = Entry::first_state + max_states;
+using Values = void* [num_operands];
+
+// Calls visit(values, count) for tiles of a chunk, or once for all of it: each operand's elements in the compute type. What is
+// written to them is kept if they are updated. from_source: the parameter's come from there.
+template <bool is_updated, class Visit>
+void with_values(const Entry& entry, int64_t begin, int64_t count, bool from_source, const Visit& visit) {
+  Values values;
+  if (!from_source && entry.is_direct()) {
     for (int i = 0; i < num_operands; ++i) {
       const Operand& operand = entry.operands[i];
       values[i] = operand.data ? operand.data + begin * itemsize(operand.dtype) : nullptr;
     }
-    return update_values(entry, rule, values, count);
+    return visit(values, count);
   }
   const Compute compute = compute_of(entry);
   Tile tiles[num_operands];
   for (const int64_t end = begin + count; begin < end; begin += tile_elements) {
     const int64_t n = std::min<int64_t>(tile_elements, end - begin);
-    for (int i = 0; i < num_operands; ++i) values[i] = fetch(entry.operands[i], entry, compute, begin, n, tiles[i]);
-    update_values(entry, rule, values, n);
     for (int i = 0; i < num_operands; ++i) {
-      if (i != Entry::grad) put_back(entry.operands[i], entry, compute, begin, n, tiles[i]);
+      values[i] = from_source && i == Entry::param ? decode(entry.source, entry, compute, begin, n, tiles[i])
+                                                   : fetch(entry.operands[i], entry, compute, begin, n, tiles[i]);
+    }
+    visit(values, n);
+    if (!is_updated) continue;
+    for (int i = 0; i < num_operands; ++i) {
+      const Operand& operand = entry.operands[i];
+      if (i == Entry::grad || operand.data == nullptr) continue;
+      if (from_source && i == Entry::param) {
+        encode(operand, entry, compute, begin, n, tiles[i]);
+      } else {
+        put_back(operand, entry, compute, begin, n, tiles[i]);
+      }
     }
   }
+}
+
+bool has_sums(const Entry& entry) { return kernels().measure[in_float][entry.rule] != nullptr; }
+
+void update_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t count, bool from_source) {
+  const auto update = kernels().update[compute_of(entry)][entry.rule];
+  with_values<true>(entry, begin, count, from_source, [&](const Values& values, int64_t n) {
+    update(rule, values[Entry::param], values[Entry::grad], values + Entry::first_state, n);
+  });
+}
+
+// Adds what the rule measures of a chunk to `sums`.
+void measure_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t count, bool from_source, double* sums) {
+  const auto measure = kernels().measure[compute_of(entry)][entry.rule];
+  with_values<false>(entry, begin, count, from_source, [&](const Values& values, int64_t n) {
+    measure(rule, values[Entry::param], values[Entry::grad], values + Entry::first_state, n, sums);
+  });
 }
 
 double sum_of_squares(const Entry& entry, int64_t begin, int64_t count, double scale) {
@@ -177,13 +212,30 @@ double sum_of_squares(const Entry& entry, int64_t begin, int64_t count, double s
   return total;
 }
 
-double scaled_norm(Table& table, double scale, int num_threads) {
+// The same of the gradient's elements times the parameter's.
+double weighted_sum_of_squares(const Entry& entry, int64_t begin, int64_t count, double scale) {
+  double total = 0;
+  Tile tiles[2];
+  double* const param = reinterpret_cast<double*>(tiles[0].bytes);
+  const double* const grad = reinterpret_cast<double*>(tiles[1].bytes);
+  for (const int64_t end = begin + count; begin < end; begin += tile_elements) {
+    const int64_t n = std::min<int64_t>(tile_elements, end - begin);
+    decode(entry.operands[Entry::param], entry, in_double, begin, n, tiles[0]);
+    decode(entry.operands[Entry::grad], entry, in_double, begin, n, tiles[1]);
+    for (int64_t i = 0; i < n; ++i) param[i] *= grad[i];
+    total += kernels().sum_of_squares[int(DType::float64)](param, scale, n);
+  }
+  return total;
+}
+
+double scaled_norm(Table& table, const std::vector<bool>& is_weighted, double scale, int num_threads) {
   table.make_batches(num_threads);
   Team(int64_t(table.batches.size()), num_threads).run(Order::forwards, [&](int64_t i) {
     for (int32_t c = table.batches[i].begin; c < table.batches[i].end; ++c) {
       const Chunk& chunk = table.chunks[c];
       const Entry& entry = table.entries[chunk.entry];
-      table.partial_sums[c] = entry.is_active ? sum_of_squares(entry, chunk.begin, chunk.count, scale) : 0.0;
+      const auto sum = is_weighted[entry.group] ? weighted_sum_of_squares : sum_of_squares;
+      table.partial_sums[c] = entry.is_active ? sum(entry, chunk.begin, chunk.count, scale) : 0.0;
     }
   });
   double total = 0;
@@ -208,11 +260,32 @@ void prepare(const double* hyper, double grad_coef, double step, Functor& functo
 
 using Prepare = void (*)(const double*, double, double, Functor&);
 
+// Folds the sums over an entry of so many elements into its functor.
+template <class Rule>
+void adapt(const double* sums, double count, Functor& functor) {
+  if constexpr (SumsOf<Rule>::count > 0) {
+    static_assert(SumsOf<Rule>::count <= max_sums);
+    Rule rule;
+    std::memcpy(&rule, functor.bytes, sizeof(Rule));
+    rule.adapt(*reinterpret_cast<const typename Rule::Sums*>(sums), count);
+    std::memcpy(functor.bytes, &rule, sizeof(Rule));
+  }
+}
+
+using Adapt = void (*)(const double*, double, Functor&);
+
 template <class T>
 constexpr Prepare prepares[num_rules] = {
 #define FO_PREPARE(name, ...) &prepare<__VA_ARGS__>,
     FO_RULES(FO_PREPARE)
 #undef FO_PREPARE
+};
+
+template <class T>
+constexpr Adapt adapts[num_rules] = {
+#define FO_ADAPT(name, ...) &adapt<__VA_ARGS__>,
+    FO_RULES(FO_ADAPT)
+#undef FO_ADAPT
 };
 
 template <class T>
@@ -222,7 +295,7 @@ constexpr size_t hyper_counts[num_rules] = {
 #undef FO_HYPER_COUNT
 };
 
-// One functor for all neighbours that share everything it depends on: usually one for a whole group.
+// One functor for all neighbours that share everything it depends on, usually one for a whole group; one for each with Sums.
 struct FunctorKey {
   int rule, group;
   Compute compute;
@@ -232,6 +305,31 @@ struct FunctorKey {
            extra == other.extra;
   }
 };
+
+// Measures every active entry whose rule has Sums, and adapts its functor.
+void measure_entries(Table& table, std::vector<Functor>& functors, const std::vector<uint32_t>& functor_of, bool from_source,
+                     int num_threads) {
+  std::vector<double> partial_sums(table.chunks.size() * max_sums);
+  Team(int64_t(table.batches.size()), num_threads).run(Order::forwards, [&](int64_t i) {
+    for (int32_t c = table.batches[i].begin; c < table.batches[i].end; ++c) {
+      const Chunk& chunk = table.chunks[c];
+      const Entry& entry = table.entries[chunk.entry];
+      if (!entry.is_active || !has_sums(entry)) continue;
+      const Functor& functor = functors[functor_of[chunk.entry]];
+      measure_chunk(entry, functor.bytes, chunk.begin, chunk.count, from_source, &partial_sums[size_t(c) * max_sums]);
+    }
+  });
+  std::vector<double> sums(table.entries.size() * max_sums);
+  for (size_t c = 0; c < table.chunks.size(); ++c) {
+    for (int k = 0; k < max_sums; ++k) sums[table.chunks[c].entry * max_sums + k] += partial_sums[c * max_sums + k];
+  }
+  for (size_t i = 0; i < table.entries.size(); ++i) {
+    const Entry& entry = table.entries[i];
+    if (!entry.is_active || !has_sums(entry)) continue;
+    const Adapt* adapt = compute_of(entry) == in_double ? adapts<double> : adapts<float>;
+    adapt[entry.rule](&sums[i * max_sums], double(entry.numel), functors[functor_of[i]]);
+  }
+}
 
 }  // namespace
 
@@ -253,13 +351,13 @@ bool set_isa(const std::string& name) {
 
 std::string isa() { return all_kernels().empty() ? "" : all_kernels()[chosen_kernels].isa; }
 
-double grad_norm(Table& table, int num_threads) {
-  const double norm = scaled_norm(table, 1.0, num_threads);
+double grad_norm(Table& table, const std::vector<bool>& is_weighted, int num_threads) {
+  const double norm = scaled_norm(table, is_weighted, 1.0, num_threads);
   // The squares of float32 and narrower neither overflow nor vanish in double; those of float64 do, far from 1.
   if (std::isnan(norm) || (norm > 0x1p-480 && norm < 0x1p510)) return norm;
   for (const Entry& entry : table.entries) {
     if (entry.is_active && entry.operands[Entry::grad].dtype == DType::float64)
-      return scaled_norm(table, norm < 1 ? 0x1p540 : 0x1p-540, num_threads);
+      return scaled_norm(table, is_weighted, norm < 1 ? 0x1p540 : 0x1p-540, num_threads);
   }
   return norm;
 }
@@ -275,18 +373,20 @@ int64_t first_nonfinite(const Table& table) {
 }
 
 void update(Table& table, const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
-            int num_threads, const std::function<void()>& lead) {
+            bool from_source, int num_threads, const std::function<void()>& lead) {
   // First all that can fail, then all that writes.
   table.make_batches(num_threads);
   Team team(int64_t(table.batches.size()), num_threads);
   std::vector<Functor> functors;
   std::vector<uint32_t> functor_of(table.entries.size());
   FunctorKey last{-1, -1, in_float, 0, 0};
+  bool any_has_sums = false;
   for (size_t i = 0; i < table.entries.size(); ++i) {
     const Entry& entry = table.entries[i];
     if (!entry.is_active) continue;
     const FunctorKey key{entry.rule, entry.group, compute_of(entry), *entry.step + 1, entry.read_extra()};
-    if (!(key == last)) {
+    any_has_sums |= has_sums(entry);
+    if (!(key == last) || has_sums(entry)) {
       if (hyper.at(key.group).size() != hyper_counts<double>[key.rule])
         throw std::invalid_argument("the number of hyperparameters is not the rule's");
       const Prepare* prepare = key.compute == in_double ? prepares<double> : prepares<float>;
@@ -296,6 +396,7 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
     }
     functor_of[i] = uint32_t(functors.size() - 1);
   }
+  if (any_has_sums) measure_entries(table, functors, functor_of, from_source, num_threads);
 
   for (size_t i = 0; i < table.entries.size(); ++i) {
     const Entry& entry = table.entries[i];
@@ -310,7 +411,8 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
     for (int32_t c = batch.begin; c < batch.end; ++c) {
       const Chunk& chunk = table.chunks[c];
       const Entry& entry = table.entries[chunk.entry];
-      if (entry.is_active) update_chunk(entry, functors[functor_of[chunk.entry]].bytes, chunk.begin, chunk.count);
+      if (!entry.is_active) continue;
+      update_chunk(entry, functors[functor_of[chunk.entry]].bytes, chunk.begin, chunk.count, from_source);
     }
   };
   team.run(Order::backwards, update_batch, lead);

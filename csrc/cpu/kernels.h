@@ -15,6 +15,9 @@ enum Compute { in_float, in_double };
 
 // param, grad and the states of `count` elements, all in the compute type; `rule` is the functor.
 using UpdateLoop = void (*)(const void* rule, void* param, const void* grad, void* const* state, int64_t count);
+// What a rule that has Sums adds up over `count` elements: into `sums`. Null for other rules.
+using MeasureLoop = void (*)(const void* rule, const void* param, const void* grad, const void* const* state, int64_t count,
+                             double* sums);
 // `count` values from one format to another.
 using ConvertLoop = void (*)(const void* from, void* to, int64_t count);
 // Sum of (scale * x)^2 over `count` values.
@@ -22,6 +25,7 @@ using SumLoop = double (*)(const void* values, double scale, int64_t count);
 
 struct Kernels {
   const UpdateLoop* update[2];           // [compute][rule]
+  const MeasureLoop* measure[2];         // [compute][rule]; the same bits for every instruction set
   ConvertLoop load[2][num_dtypes];       // [compute][dtype]; null: not computed with in that type
   ConvertLoop store[2][num_dtypes];      // [compute][dtype]
   SumLoop sum_of_squares[num_dtypes];    // [dtype]; the same bits for every instruction set

@@ -6,6 +6,8 @@
 
 #include "kernels.h"
 
+#include <utility>
+
 namespace fusedopt::cpu {
 namespace FO_ISA {
 namespace {
@@ -32,20 +34,60 @@ FO_HD void update_loop(const Rule rule, T* __restrict param, const T* __restrict
   for (int64_t i = 0; i < count; ++i) rule(param[i], grad[i], state[i]...);
 }
 
+template <class Rule, class T, size_t... slot>
+FO_HD void update_slots(const void* rule, void* param, const void* grad, void* const* state, int64_t count,
+                        std::index_sequence<slot...>) {
+  update_loop(*static_cast<const Rule*>(rule), static_cast<T*>(param), static_cast<const T*>(grad), count,
+              state_slot<Rule::stores[slot], T>(state[slot])...);
+}
+
 template <class Rule, class T>
-void update(const void* rule_data, void* param, const void* grad, void* const* state, int64_t count) {
-  const Rule rule = *static_cast<const Rule*>(rule_data);
-  T* p = static_cast<T*>(param);
-  const T* g = static_cast<const T*>(grad);
-  constexpr int num_slots = sizeof(Rule::stores) / sizeof(bool);
-  if constexpr (num_slots == 1) {
-    update_loop(rule, p, g, count, state_slot<Rule::stores[0], T>(state[0]));
-  } else if constexpr (num_slots == 2) {
-    update_loop(rule, p, g, count, state_slot<Rule::stores[0], T>(state[0]), state_slot<Rule::stores[1], T>(state[1]));
-  } else {
-    update_loop(rule, p, g, count, state_slot<Rule::stores[0], T>(state[0]), state_slot<Rule::stores[1], T>(state[1]),
-                state_slot<Rule::stores[2], T>(state[2]));
+void update(const void* rule, void* param, const void* grad, void* const* state, int64_t count) {
+  update_slots<Rule, T>(rule, param, grad, state, count, std::make_index_sequence<num_states<Rule>>());
+}
+
+// Running sums as in sum_of_squares below, of one member of the rule's Sums: GCC 12 does not vectorise several at once.
+template <class Rule, class T, size_t member, class... State>
+FO_HD double sum_of_member(const Rule& rule, const T* __restrict param, const T* __restrict grad, int64_t count,
+                           State... state) {
+  constexpr int lanes = 16;
+  double sums[lanes] = {};
+  const auto add = [&](int64_t i, int lane) {
+    const typename Rule::Sums own = rule.measure(param[i], grad[i], state[i]...);
+    double value;
+    __builtin_memcpy(&value, reinterpret_cast<const char*>(&own) + member * sizeof(double), sizeof(double));
+    sums[lane] += value;
+  };
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    for (int lane = 0; lane < lanes; ++lane) add(i + lane, lane);
   }
+  for (int lane = 0; i < count; ++i, ++lane) add(i, lane);
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return sums[0];
+}
+
+template <class Rule, class T, size_t... slot, size_t... member>
+FO_HD void measure_slots(const void* rule_data, const void* param, const void* grad, const void* const* state, int64_t count,
+                         double* sums, std::index_sequence<slot...>, std::index_sequence<member...>) {
+  const Rule rule = *static_cast<const Rule*>(rule_data);
+  ((sums[member] += sum_of_member<Rule, T, member>(rule, static_cast<const T*>(param), static_cast<const T*>(grad), count,
+                                                   static_cast<const T*>(state[slot])...)),
+   ...);
+}
+
+template <class Rule, class T>
+void measure(const void* rule, const void* param, const void* grad, const void* const* state, int64_t count, double* sums) {
+  measure_slots<Rule, T>(rule, param, grad, state, count, sums, std::make_index_sequence<num_states<Rule>>(),
+                         std::make_index_sequence<SumsOf<Rule>::count>());
+}
+
+template <class Rule, class T>
+constexpr MeasureLoop measure_of() {
+  if constexpr (SumsOf<Rule>::count > 0) return &measure<Rule, T>;
+  return nullptr;
 }
 
 template <class Codec, class T>
@@ -93,6 +135,13 @@ constexpr UpdateLoop updates[num_rules] = {
 #undef FO_UPDATE
 };
 
+template <class T>
+constexpr MeasureLoop measures[num_rules] = {
+#define FO_MEASURE(name, ...) measure_of<__VA_ARGS__, T>(),
+    FO_RULES(FO_MEASURE)
+#undef FO_MEASURE
+};
+
 }  // namespace
 }  // namespace FO_ISA
 
@@ -103,6 +152,7 @@ using namespace FO_ISA;
 
 const Kernels FO_TABLE(FO_ISA) = {
     {updates<float>, updates<double>},
+    {measures<float>, measures<double>},
     {{&load<Float32, float>, nullptr, &load<BFloat16, float>, &load<Float16, float>},
      {&load<Float32, double>, &load<Float64, double>, &load<BFloat16, double>, &load<Float16, double>}},
     {{&store<Float32, float>, nullptr, &store<BFloat16, float>, &store<Float16, float>},

@@ -12,5 +12,8 @@ using NormKernel = void (*)(NormArguments);
 using UpdateKernel = void (*)(UpdateArguments);
 extern const NormKernel global_norm;
 extern const UpdateKernel *const updates_in_float, *const updates_in_double;  // one a rule
+// Before the update of a rule with sums: what it measures of each chunk, null for other rules; then the sums of each entry.
+extern const UpdateKernel *const measures_in_float, *const measures_in_double;
+extern const UpdateKernel add_up;
 
 }  // namespace fusedopt::cuda

@@ -1,4 +1,6 @@
-// The kernel that takes the 2-norm of all gradients and turns it into what clips them.
+// What is added up: the kernel that takes the 2-norm of all gradients and turns it into what clips them, and the one that adds
+// up what a rule has measured.
+#include "../rules/all.h"
 #include "block.cuh"
 
 namespace fusedopt::cuda {
@@ -11,14 +13,18 @@ constexpr double huge_scale = 0x1p540, tiny_scale = 0x1p-540;
 struct Sums {
   double plain = 0, huge = 0, tiny = 0;
 
-  template <class Codec>
-  FO_DEVICE void add(typename Codec::stored stored) {
-    const double value = double(Codec::load(stored));
+  template <bool is_wide>
+  FO_DEVICE void add_value(double value) {
     plain += value * value;
-    if constexpr (sizeof(stored) == 8) {
+    if constexpr (is_wide) {
       huge += (value * tiny_scale) * (value * tiny_scale);
       tiny += (value * huge_scale) * (value * huge_scale);
     }
+  }
+
+  template <class Codec>
+  FO_DEVICE void add(typename Codec::stored stored) {
+    add_value<sizeof(stored) == 8>(double(Codec::load(stored)));
   }
 };
 
@@ -50,6 +56,23 @@ FO_DEVICE void add_chunk(Sums& sums, void* grad, int64_t begin, int count) {
   }
 }
 
+// The same of the gradient's elements times the parameter's, in double whatever they are stored as.
+FO_DEVICE void add_weighted_chunk(Sums& sums, void* weight, DType weight_dtype, void* grad, DType grad_dtype, int64_t begin,
+                                  int count) {
+  for (int i = threadIdx.x; i < count; i += threads) {
+    double value = 1;
+    const auto multiply = [&](void* address, DType dtype) {
+      with_codec<double>(dtype, [&](auto codec) {
+        using Codec = decltype(codec);
+        value *= double(Codec::load(global<typename Codec::stored>(address)[begin + i]));
+      });
+    };
+    multiply(weight, weight_dtype);
+    multiply(grad, grad_dtype);
+    sums.add_value<true>(value);
+  }
+}
+
 // What a 2-norm is, whichever of its sums neither overflowed nor vanished.
 FO_DEVICE double norm_of(double plain, double huge, double tiny) {
   if (plain > 0x1p1020 && huge > 0) return sqrt(huge) * huge_scale;
@@ -65,7 +88,12 @@ __global__ void __launch_bounds__(threads) of_all(const NormArguments args) {
     if (grad == nullptr) continue;
     const int64_t begin = int64_t(args.index_of[chunk]) * chunk_elements;
     const int count = int(min(int64_t(chunk_elements), args.numel[entry] - begin));
-    with_codec<double>(DType(args.formats[entry] >> 8), [&](auto codec) {
+    const DType param_dtype = DType(args.formats[entry] & 0xff), grad_dtype = DType(args.formats[entry] >> 8);
+    if (args.weights != nullptr && args.weights[entry] != nullptr) {
+      add_weighted_chunk(wide, args.weights[entry], param_dtype, grad, grad_dtype, begin, count);
+      continue;
+    }
+    with_codec<double>(grad_dtype, [&](auto codec) {
       using Codec = decltype(codec);
       add_chunk<Codec>(sizeof(typename Codec::stored) == 8 ? wide : narrow, grad, begin, count);
     });
@@ -104,8 +132,22 @@ __global__ void __launch_bounds__(threads) of_all(const NormArguments args) {
   }
 }
 
+// A block an entry, each sum in one fixed order.
+__global__ void __launch_bounds__(threads) of_each(const UpdateArguments args) {
+  for (int entry = blockIdx.x; entry < args.num_entries; entry += gridDim.x) {
+    for (int k = 0; k < args.num_sums; ++k) {
+      const double* const partials = args.partial_sums + int64_t(k) * args.num_chunks;
+      double sum = 0;
+      for (int i = args.first_chunk[entry] + threadIdx.x; i < args.first_chunk[entry + 1]; i += threads) sum += partials[i];
+      sum = block_sum(sum);
+      if (threadIdx.x == 0) args.sums[int64_t(k) * args.num_entries + entry] = sum;
+    }
+  }
+}
+
 }  // namespace
 
 const NormKernel global_norm = &of_all;
+const UpdateKernel add_up = &of_each;
 
 }  // namespace fusedopt::cuda

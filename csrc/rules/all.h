@@ -2,12 +2,19 @@
 // An engine expands X(name, functor) once per purpose; `T` is the type it computes in.
 #pragma once
 
+#include <type_traits>
+
 #include "adagrad.h"
 #include "adam.h"
+#include "adan.h"
+#include "lamb.h"
 #include "lion.h"
 #include "nadam.h"
+#include "radam.h"
 #include "rmsprop.h"
+#include "sam.h"
 #include "sgd.h"
+#include "stableadamw.h"
 
 #define FO_RULES(X)                                          \
   X("sgd", SGD<T, false>)                                    \
@@ -20,7 +27,12 @@
   X("adam", Adam<T, false>)                                  \
   X("adam_amsgrad", Adam<T, true>)                           \
   X("nadam", NAdam<T>)                                       \
-  X("lion", Lion<T>)
+  X("lion", Lion<T>)                                         \
+  X("radam", RAdam<T>)                                       \
+  X("adan", Adan<T>)                                         \
+  X("lamb", LAMB<T>)                                         \
+  X("stableadamw", StableAdamW<T>)                           \
+  X("sam", SAM<T>)
 
 namespace fusedopt {
 
@@ -30,5 +42,20 @@ constexpr const char* rule_names[] = {
 #undef FO_NAME
 };
 constexpr int num_rules = sizeof(rule_names) / sizeof(rule_names[0]);
+
+template <class Rule>
+constexpr int num_states = sizeof(Rule::stores) / sizeof(bool);
+
+// A rule with a struct `Sums` of doubles depends on the whole tensor: what measure() gives for each element is added up
+// before any is updated, and adapt() folds the sums, and the number of elements, into the rule's scalars.
+template <class Rule, class = void>
+struct SumsOf {
+  static constexpr int count = 0;
+};
+template <class Rule>
+struct SumsOf<Rule, std::void_t<typename Rule::Sums>> {
+  static constexpr int count = sizeof(typename Rule::Sums) / sizeof(double);
+};
+constexpr int max_sums = 2;
 
 }  // namespace fusedopt

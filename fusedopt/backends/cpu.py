@@ -66,6 +66,7 @@ def table_of(entries: Sequence[Entry], is_host: bool) -> _C.Bucket:
             entry.states,
             entry.step,
             entry.extra,
+            entry.source,
             _C.rules[entry.variant][0],
             entry.group,
             entry.is_strided,
@@ -95,15 +96,17 @@ class Bucket:
     def release(self) -> None:
         self._table.release()
 
-    def grad_norm(self) -> float:
-        return self._table.grad_norm(torch.get_num_threads())
+    def grad_norm(self, is_weighted: Sequence[bool]) -> float:
+        return self._table.grad_norm(is_weighted, torch.get_num_threads())
 
     def first_nonfinite(self) -> int:
         return self._table.first_nonfinite()
 
-    def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
+    def update(
+        self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float], from_source: bool = False
+    ) -> None:
         # Autograd must notice that a tensor it saved has changed.
         written = with_gradient(self._table, self._params)
         self._table.update(
-            scalars, grad_coefs, torch.get_num_threads(), torch.autograd.graph.increment_version, written
+            scalars, grad_coefs, from_source, torch.get_num_threads(), torch.autograd.graph.increment_version, written
         )

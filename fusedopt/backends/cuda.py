@@ -50,10 +50,12 @@ class Library:
         self.dtypes = {getattr(torch, name): index for index, name in enumerate(known["dtypes"].split())}
         self.norm_arguments = _structure("NormArguments", known["norm"])
         self.update_arguments = _structure("UpdateArguments", known["update"])
-        rules = [text.split(" ", 2) for kind, text in facts if kind == "rule"]
+        rules = [text.split(" ", 3) for kind, text in facts if kind == "rule"]
         self.rules = {name: index for index, (name, *_) in enumerate(rules)}
-        theirs = {(name.split("_")[0], int(num_states), hyper) for name, num_states, hyper in rules}
-        ours = {(rule.name, len(rule.states), " ".join(rule.hyper)) for rule in RULES.values()}
+        theirs = {
+            (name.split("_")[0], int(num_states), int(num_sums), hyper) for name, num_states, num_sums, hyper in rules
+        }
+        ours = {(rule.name, len(rule.states), rule.num_sums, " ".join(rule.hyper)) for rule in RULES.values()}
         if theirs != ours:
             raise RuntimeError(f"it differs in the rule {min(theirs ^ ours)[0]!r}")
         for what, structure, names in (

@@ -31,10 +31,11 @@ _NOTHING = contextlib.nullcontext()
 # What both engines' kernels take, by name (kernels/engine.py).
 TABLE_ARGUMENTS = {"grads", "entry_of", "index_of", "numel", "num_chunks", "ticket", "control", "grad_scale"}
 NORM_ARGUMENTS = TABLE_ARGUMENTS | {
-    "partials", "first_partial", "num_partials", "max_norm", "previous", "norm", "is_final",
+    "partials", "first_partial", "num_partials", "max_norm", "previous", "norm", "is_final", "weights",
 }  # fmt: skip
 UPDATE_ARGUMENTS = TABLE_ARGUMENTS | {
-    "num_entries", "addresses", "group_of", "hyper", "found_inf", "skipped", "skips_nonfinite", "counts_skip",
+    "num_entries", "addresses", "group_of", "hyper", "found_inf", "skipped", "skips_nonfinite", "counts_skip", "from_source",
+    "num_sums", "first_chunk", "partial_sums", "sums",
 }  # fmt: skip
 GRAD = -1  # slot of the gradient, whose addresses are apart; others are rows of the kernels' table
 
@@ -95,7 +96,8 @@ class Bucket(ABC):
         for position, entry in enumerate(entry for entry in self.entries if not entry.is_idle):
             tables.setdefault(self.key(entry), []).append((position, entry))
         self._tables = [
-            _Table(of_table, self.kernels([entry for _, entry in of_table])) for of_table in tables.values()
+            _Table(of_table, self.kernels([entry for _, entry in of_table]), rule.num_sums)
+            for of_table in tables.values()
         ]
 
         num_hyper = (max(entry.group for entry in self.entries) + 1) * (len(rule.hyper) + 1)
@@ -124,7 +126,7 @@ class Bucket(ABC):
             stream = _current_stream(self.device)
             if self._stream is None:
                 for table in self._tables:
-                    table.upload_chunks(self._upload)
+                    table.upload_chunks(self._upload, self.device)
                     table.upload_addresses(self._upload)
                 programs = sum(table.kernels.norm_programs for table in self._tables)
                 self._partials = torch.zeros((3, programs), dtype=torch.float64, device=self.device)
@@ -236,9 +238,18 @@ class Bucket(ABC):
     # ---- norm and update ---------------------------------------------------------------------------------------
 
     def measure(
-        self, max_norm: float, previous: torch.Tensor | None, grad_scale: float | torch.Tensor, dtype: torch.dtype
+        self,
+        max_norm: float,
+        previous: torch.Tensor | None,
+        grad_scale: float | torch.Tensor,
+        dtype: torch.dtype,
+        is_weighted: Sequence[bool] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of the unscaled gradients, 0-d of ``dtype``, and the control (see kernels/engine.py) that clips it."""
+        """The norm of the unscaled gradients, 0-d of ``dtype``, and the control (see kernels/engine.py) that clips it.
+
+        Args:
+            is_weighted: for each group whether gradients are taken times their parameters; none are if it is empty.
+        """
         if not self._tables:
             return torch.zeros((), dtype=dtype, device=self.device), self._unclipped()
         norm = torch.empty((), dtype=dtype, device=self.device)
@@ -252,13 +263,14 @@ class Bucket(ABC):
                 grad_scale=self._constant(grad_scale, torch.float32), norm=norm, control=control,
             )  # fmt: skip
             for table in self._tables:
-                own = dict(first_partial=first, is_final=int(table is self._tables[-1]))
+                weights = table.weights(self._upload, is_weighted) if any(is_weighted) else 0
+                own = dict(first_partial=first, is_final=int(table is self._tables[-1]), weights=weights)
                 self._launch(table.kernels.norm, {**table.arguments, **step_wide, **own})
                 first += table.kernels.norm_programs
         return norm, control
 
-    def grad_norm(self) -> float:
-        return float(self.measure(float("inf"), None, 1.0, torch.float64)[0])
+    def grad_norm(self, is_weighted: Sequence[bool]) -> float:
+        return float(self.measure(float("inf"), None, 1.0, torch.float64, is_weighted)[0])
 
     def first_nonfinite(self) -> int:
         return first_nonfinite(self.entries)
@@ -267,6 +279,7 @@ class Bucket(ABC):
         self,
         scalars: Sequence[Sequence[float]],
         grad_coefs: Sequence[float],
+        from_source: bool = False,
         control: torch.Tensor | None = None,
         grad_scale: float | torch.Tensor = 1.0,
         found_inf: float | torch.Tensor = 0.0,
@@ -282,6 +295,7 @@ class Bucket(ABC):
                 hyper=self._hyper, control=self._unclipped() if control is None else control,
                 grad_scale=self._constant(grad_scale, torch.float32),
                 found_inf=self._constant(found_inf, torch.float32), skips_nonfinite=int(skips_nonfinite),
+                from_source=int(from_source),
                 skipped=self._constant(0, torch.int64) if skipped is None else skipped,  # not written to if None
                 ticket=self._ticket,
             )  # fmt: skip
@@ -336,8 +350,9 @@ class _Table:
         entries: each with its position among the bucket's entries that are not idle.
     """
 
-    def __init__(self, entries: list[tuple[int, Entry]], kernels: Kernels):
+    def __init__(self, entries: list[tuple[int, Entry]], kernels: Kernels, num_sums: int):
         self.kernels = kernels
+        self._num_sums = num_sums
         self._positions = torch.tensor([position for position, _ in entries], device="cpu")
         self._entries = [entry for _, entry in entries]
         self._strided = [(index, entry) for index, entry in enumerate(self._entries) if entry.is_strided]
@@ -356,7 +371,8 @@ class _Table:
             if entry.param.grad is None or entry.param.numel() == 0:  # a copy of nothing has no address
                 continue
             param = as_real(entry.param.detach())
-            for slot, tensor in [(GRAD, entry.param.grad), (0, entry.param.detach()), *enumerate(entry.states, 1)]:
+            others = enumerate([*entry.states, None, None, entry.source], 1)
+            for slot, tensor in [(GRAD, entry.param.grad), (0, entry.param.detach()), *others]:
                 if tensor is not None:
                     tensor = as_real(tensor)
                     copy = torch.empty_like(param, dtype=tensor.dtype)  # dense; in the parameter's order if that is too
@@ -374,8 +390,8 @@ class _Table:
     @torch.no_grad()
     def write_back(self) -> None:
         """Brings what an update wrote into copies to where it belongs."""
-        for slot, _, tensor, copy in self._staged:
-            if slot != GRAD:
+        for slot, index, tensor, copy in self._staged:
+            if slot != GRAD and tensor is not self._entries[index].source:
                 tensor.copy_(copy)
 
     def unstage(self) -> None:
@@ -384,7 +400,7 @@ class _Table:
 
     # ---- tables ------------------------------------------------------------------------------------------------
 
-    def upload_chunks(self, upload: Upload) -> None:
+    def upload_chunks(self, upload: Upload, device: torch.device) -> None:
         """The tables that stay as they are."""
         chunk = self.kernels.chunk
         numel = torch.tensor([as_real(entry.param.detach()).numel() for entry in self._entries], device="cpu")
@@ -397,16 +413,28 @@ class _Table:
         self.arguments = {name: upload(table) for name, table in tables.items()}
         self.arguments["num_chunks"] = len(entry_of)
         self.update_arguments = {"group_of": upload(group_of), "num_entries": len(self._entries)}
+        if self._num_sums:
+            self.update_arguments["num_sums"] = self._num_sums
+            first_chunk = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+            self.update_arguments["first_chunk"] = upload(first_chunk)
+            for name, size in (("partial_sums", len(entry_of)), ("sums", len(self._entries))):
+                self.update_arguments[name] = torch.zeros((self._num_sums, size), dtype=torch.float64, device=device)
 
     def upload_addresses(self, upload: Upload) -> None:
         """Where parameters, states and scalars lie."""
-        rows = [[entry.param, *entry.states, entry.step, entry.extra] for entry in self._entries]
+        rows = [[entry.param, *entry.states, entry.step, entry.extra, entry.source] for entry in self._entries]
         addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows]
         addresses = torch.tensor(addresses, dtype=torch.int64, device="cpu").t().contiguous()
         for slot, index, _, copy in self._staged:
             if slot != GRAD:
                 addresses[slot, index] = copy.data_ptr()
         self.update_arguments["addresses"] = upload(addresses)
+        self._param_addresses = addresses[0]
+
+    def weights(self, upload: Upload, is_weighted: Sequence[bool]) -> torch.Tensor:
+        """What gradients are multiplied with for the norm: the parameter's address where the group is weighted, else 0."""
+        mask = torch.tensor([is_weighted[entry.group] for entry in self._entries], device="cpu")
+        return upload(torch.where(mask, self._param_addresses, 0))
 
     def upload_grads(self, upload: Upload, addresses: bytes) -> None:
         """Where the gradients of this step lie."""

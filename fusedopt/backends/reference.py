@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fusedopt import reference
-from fusedopt.rules import Rule
+from fusedopt.rules import BETAS, Rule
 
 if TYPE_CHECKING:
     from fusedopt.plan import Entry
@@ -61,21 +61,31 @@ class Bucket:
     def _active(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.param.grad is not None]
 
-    def grad_norm(self) -> float:
-        return float(reference.total_norm([as_real(entry.param.grad) for entry in self._active()]))
+    def grad_norm(self, is_weighted: Sequence[bool]) -> float:
+        active = self._active()
+        grads = [as_real(entry.param.grad) for entry in active]
+        for i, entry in enumerate(active):
+            if is_weighted[entry.group]:
+                grads[i] = as_real(entry.param.detach()).double() * grads[i].double()
+        return float(reference.total_norm(grads))
 
     def first_nonfinite(self) -> int:
         return first_nonfinite(self.entries)
 
     @torch.no_grad()
-    def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
-        new_values = [self._computed(entry, scalars[entry.group], grad_coefs[entry.group]) for entry in self._active()]
+    def update(
+        self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float], from_source: bool = False
+    ) -> None:
+        new_values = [
+            self._computed(entry, scalars[entry.group], grad_coefs[entry.group], from_source)
+            for entry in self._active()
+        ]
         written = [*itertools.chain.from_iterable(new_values)]
         if written:  # only now, because computing can run out of memory; all in one call, which no interrupt divides
             torch._foreach_copy_(*map(list, zip(*written, strict=True)))
 
     def _computed(
-        self, entry: Entry, scalars: Sequence[float], grad_coef: float
+        self, entry: Entry, scalars: Sequence[float], grad_coef: float, from_source: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Every tensor that the update of one parameter writes, with its new value."""
         param, states = as_real(entry.param), zip(self._rule.states, entry.states, strict=True)
@@ -86,7 +96,8 @@ class Bucket:
         step, dtype = entry.step + 1, entry.compute_dtype
         new_state = {name: float(tensor) if tensor is entry.extra else tensor for name, tensor in written.items()}
         grad = grad_coef * as_real(entry.param.grad).to(dtype)
-        new_param = self._update(param.to(dtype), grad, new_state, float(step), **keywords)
+        old_param = as_real(entry.source) if from_source else param
+        new_param = self._update(old_param.to(dtype), grad, new_state, float(step), **keywords)
         if entry.extra is not None:
             new_state[self._rule.extra] = torch.tensor(new_state[self._rule.extra], dtype=torch.float64)
         return [(entry.step, step), (param, new_param), *((written[name], new_state[name]) for name in written)]
@@ -94,8 +105,9 @@ class Bucket:
     def _keywords(self, scalars: Sequence[float], tensors: dict[str, torch.Tensor]) -> dict:
         """The reference function's options: the scalars, and whether each optional state is there."""
         keywords = dict(zip(self._rule.hyper, scalars, strict=True))
-        if "beta1" in keywords:
-            keywords["betas"] = (keywords.pop("beta1"), keywords.pop("beta2"))
+        betas = tuple(keywords.pop(name) for name in BETAS if name in keywords)
+        if betas:
+            keywords["betas"] = betas
         for state in self._rule.states:
             if state.option is not None and state.option not in keywords:
                 keywords[state.option] = state.name in tensors

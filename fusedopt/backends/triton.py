@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,28 +96,48 @@ class Kernels(device.Kernels):
         self._norm_options = dict(
             GRAD_DTYPE=names[grad], **launch_options(self._engine.global_norm, itemsizes[1:2], *machine)
         )
-        self._update_options = dict(
-            PREPARE=getattr(kernels.rules, f"prepare_{rule.name}"), UPDATE=getattr(kernels.rules, rule.name),
+        of_rule = {
+            name.upper(): getattr(kernels.rules, f"{name}_{rule.name}", None)
+            for name in ("prepare", "measure", "adapt")
+        }
+        self._options = dict(
+            **of_rule, UPDATE=getattr(kernels.rules, rule.name), NUM_SUMS=rule.num_sums,
             STORES=tuple(state is not None for state in first.states),
             NUM_HYPER=len(rule.hyper), HAS_EXTRA=rule.extra is not None,
             PARAM_DTYPE=names[param], GRAD_DTYPE=names[grad], DTYPE=names[first.compute_dtype],
             **launch_options(self._engine.update, itemsizes, *machine),
         )  # fmt: skip
+        self._param_dtype = names[param]
+        before = [self._engine.measure, self._engine.add_up] if rule.num_sums else []
+        self._update_kernels = [*before, self._engine.update]
 
     def norm(self, arguments: dict[str, Any]) -> None:
         arguments = dict(arguments)
         is_final = bool(arguments.pop("is_final"))
         num_partials = 1 << (arguments["num_partials"] - 1).bit_length()
+        is_weighted = isinstance(arguments["weights"], torch.Tensor)
+        if not is_weighted:
+            arguments["weights"] = None
         self._engine.global_norm[(self.norm_programs,)](
-            **arguments, IS_FINAL=is_final, NUM_PARTIALS=num_partials, **self._norm_options
-        )
+            **arguments, IS_FINAL=is_final, NUM_PARTIALS=num_partials,
+            PARAM_DTYPE=self._param_dtype if is_weighted else None, **self._norm_options,
+        )  # fmt: skip
+
+    def _launches(self, arguments: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """The kernels of an update, in order, with what each of them takes."""
+        values = {"sums": None, **arguments, **self._options, "FROM_SOURCE": bool(arguments["from_source"])}
+        for kernel in self._update_kernels:
+            taken = {*kernel.arg_names, "num_warps", "enable_fp_fusion", "maxnreg"}
+            yield kernel, {name: value for name, value in values.items() if name in taken}
 
     def prepare_update(self, arguments: dict[str, Any]) -> None:
-        """Compiles it."""
-        self._engine.update.warmup(**arguments, grid=(self._update_programs,), **self._update_options)
+        """Compiles them."""
+        for kernel, values in self._launches(arguments):
+            kernel.warmup(**values, grid=(self._update_programs,))
 
     def update(self, arguments: dict[str, Any]) -> None:
-        self._engine.update[(self._update_programs,)](**arguments, **self._update_options)
+        for kernel, values in self._launches(arguments):
+            kernel[(self._update_programs,)](**values)
 
 
 @functools.cache
