@@ -25,10 +25,12 @@ from fusedopt.optimizers import (
     RMSprop,
     StableAdamW,
 )
+from fusedopt.sam import SAM
 
 __version__ = "0.1.0"
 __all__ = [
     "LAMB",
+    "SAM",
     "SGD",
     "Adagrad",
     "Adam",

@@ -126,6 +126,11 @@ class Clip:
             return self._num_skipped
         return self._num_skipped + self._num_skipped_on_device
 
+    def count_skip(self) -> None:
+        """One more step that changed nothing."""
+        self._num_skipped += 1
+        self.forget()
+
     def forget(self) -> None:
         """Drops what `defer` left for the next step."""
         self._pending = None

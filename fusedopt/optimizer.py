@@ -109,39 +109,55 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._planned("step") as plan:
-            # Set by GradScaler: what to divide gradients by, and whether it found one that is not finite.
-            self._clip.step(plan, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            self._clip.step(plan, *self._of_scaler())
         return loss
 
-    @contextlib.contextmanager
-    def _planned(self, caller: str) -> Iterator[Plan]:
+    def _of_scaler(self) -> tuple[Any, Any]:
+        """Set by GradScaler: what to divide gradients by, and whether it found one that is not finite."""
+        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+
+    def _planned(self, caller: str) -> contextlib.AbstractContextManager[Plan]:
         """The plan for the gradients there are now, validated and holding them, for one thread at a time.
 
         State made for an update that then does not happen is gone again.
         """
+        return self._with_plan(caller, "_plan", self.rule, self.param_groups, self.state, {})
+
+    @contextlib.contextmanager
+    def _with_plan(
+        self,
+        caller: str,
+        slot: str,
+        rule: Rule,
+        param_groups: list[dict[str, Any]],
+        state: dict[torch.Tensor, dict[str, Any]],
+        sources: Mapping[torch.Tensor, torch.Tensor],
+    ) -> Iterator[Plan]:
+        """The same of any rule, groups and states; between steps the plan is the attribute ``slot``."""
         owner, process, thread, plan = f"{type(self).__name__}.{caller}", os.getpid(), threading.get_ident(), None
         try:
             # One operation, so that no thread can come between. By process, so that a fork during a step leaves the child
             # free; by thread, so that one that an interrupt threw out of its step can go on.
             if self._in_step.setdefault(process, thread) != thread:
                 raise RuntimeError(f"{owner}: another thread is in a step of the same optimizer; {UNCHANGED}")
-            plan = self._plan
+            plan = getattr(self, slot)
             if plan is not None:
                 plan.owner = owner
-            if plan is None or not plan.refresh(self.param_groups, self.state):
-                self._plan, before = None, plan
-                plan = Plan(owner, self.rule, self.param_groups, self.state)
-                plan.make(self.param_groups, self._backend, before)  # apart: an interrupt finds the state it made
-                if not plan.refresh(self.param_groups, self.state):
+            if plan is None or not plan.refresh(param_groups, state):
+                before = plan
+                setattr(self, slot, None)
+                plan = Plan(owner, rule, param_groups, state)
+                plan.make(param_groups, self._backend, before, sources)  # apart: an interrupt finds the state it made
+                if not plan.refresh(param_groups, state):
                     raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
-                self._plan = plan
+                setattr(self, slot, plan)
             yield plan
         finally:
             try:
                 if plan is not None:
                     plan.release()
                     if plan.discard_fresh_state():
-                        self._plan = None
+                        setattr(self, slot, None)
             finally:
                 if self._in_step.get(process) == thread:
                     del self._in_step[process]

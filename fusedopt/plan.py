@@ -114,17 +114,26 @@ class Plan:
         self._seen: list[tuple[list, list] | None] = [None] * len(param_groups)  # the groups that _options is of
         self._read_options(param_groups)
         self._fresh: list[tuple[Entry, float, list[str]]] = []  # its step count then, names of the states made
+        self.reads_sources = self.has_updated = False
         self.buckets = []
 
-    def make(self, param_groups: list[dict[str, Any]], backend: str | None, before: Plan | None) -> None:
+    def make(
+        self,
+        param_groups: list[dict[str, Any]],
+        backend: str | None,
+        before: Plan | None,
+        sources: Mapping[torch.Tensor, torch.Tensor],
+    ) -> None:
         """Checks every parameter, gradient and state, and makes the state that is missing; see `discard_fresh_state`.
 
         Args:
             before: the plan that this one replaces; knows the step counts that are in no state.
+            sources: of parameters, where an update can read their values instead (`update`).
 
         Raises:
             ValueError, TypeError, RuntimeError: naming the parameter and the reason.
         """
+        self.sources = sources
         entries = self._collect(param_groups)
         if any(entry.param.is_cuda for entry in entries) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -136,6 +145,7 @@ class Plan:
             self._counts = {entry.param: entry.step for bucket in before.buckets for entry in bucket.entries}
         chosen = functools.cache(lambda device: backends.choose(device, backend))
         for entry in entries:
+            entry.source = sources.get(entry.param)
             self._attach_state(entry, param_groups[entry.group], self._state, chosen)
         planned = [entry for entry in entries if not entry.is_idle]
         self._check_overlap(planned)
@@ -154,7 +164,12 @@ class Plan:
         self._pinned = (
             [[group["params"], *group["params"]] for group in param_groups],
             [[values, *(values.values() if isinstance(values, dict) else ())] for values in self._state.values()],
-            [tensor.untyped_storage() for entry in planned for tensor in entry.written if tensor is not None],
+            [
+                tensor.untyped_storage()
+                for entry in planned
+                for tensor in (*entry.written, entry.source)
+                if tensor is not None
+            ],
         )
 
     # ---- is the plan still right? ------------------------------------------------------------------------------
@@ -237,12 +252,15 @@ class Plan:
     def update(self, coef: float, **on_device: Any) -> None:
         """Advances every parameter that has a gradient by one step, its gradient times ``coef``.
 
+        Where `reads_sources` is set, from the values that its source has.
+
         Args:
             on_device: what the device multiplies with as well; for the bucket of `asynchronous` alone.
         """
         grad_coefs = [sign * coef for sign in self.signs]
         for bucket in self.buckets:
-            bucket.update(self.scalars, grad_coefs, **on_device)
+            bucket.update(self.scalars, grad_coefs, self.reads_sources, **on_device)
+        self.has_updated = True
 
     @property
     def asynchronous(self) -> Any:
@@ -478,7 +496,7 @@ class Plan:
         tensors = [
             param,
             *([param.grad] if param.grad is not None else []),
-            *(s for s in entry.states if s is not None),
+            *(s for s in (*entry.states, entry.source) if s is not None),
         ]
         entry.is_strided = not all(_is_dense(t) and _same_strides(t, param) for t in tensors)
 

@@ -97,7 +97,7 @@ class Bucket:
         new_state = {name: float(tensor) if tensor is entry.extra else tensor for name, tensor in written.items()}
         grad = grad_coef * as_real(entry.param.grad).to(dtype)
         old_param = as_real(entry.source) if from_source else param
-        new_param = self._update(old_param.to(dtype), grad, new_state, float(step), **keywords)
+        new_param = self._update(old_param.to(dtype, copy=True), grad, new_state, float(step), **keywords)
         if entry.extra is not None:
             new_state[self._rule.extra] = torch.tensor(new_state[self._rule.extra], dtype=torch.float64)
         return [(entry.step, step), (param, new_param), *((written[name], new_state[name]) for name in written)]
