@@ -38,7 +38,7 @@ def launch_options(kernel, itemsizes, warp_size, is_nvidia):
 
     Args:
         kernel: `global_norm`, `update`, or `measure`.
-        itemsizes: bytes of an element of each kind of tensor that it loads.
+        itemsizes: bytes of an element of each tensor that it loads; of the norm, only of the gradient.
     """
     options = {
         "CHUNK": CHUNK,
@@ -49,7 +49,8 @@ def launch_options(kernel, itemsizes, warp_size, is_nvidia):
         "enable_fp_fusion": False,
     }
     if is_nvidia:  # registers a thread may use: left alone, the compiler spills some to fit more programs
-        options["maxnreg"] = 64 if kernel is global_norm or {*itemsizes} == {4} else 128
+        is_small = {*itemsizes} == {4} and len(itemsizes) < 6
+        options["maxnreg"] = 64 if kernel is global_norm or is_small else 128
     return options
 
 

@@ -25,23 +25,35 @@ MORE_TARGETS = ("sm_86", "sm_89", "sm_120", "gfx90a", "gfx1100")
 # Of a parameter and its gradient. Where they differ, one target stands for all, and usually two of the pairs.
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
 USUAL = (("fp32", "bf16"), ("bf16", "fp32"))
+ALIKE = ("sm_80", "sm_100")  # usually two dtypes of these, as the compiler does the same for sm_90
 
 
 def variants(targets, is_all=False):
-    """(target, kernel, stores, parameter, gradient) of every compilation."""
+    """(target, kernel, stores, parameter, gradient) of every compilation.
+
+    A kernel is called as in kernels/engine.py, after a rule's name where it is one of a rule; an update by the rule's name alone,
+    and "from source" where it reads parameters elsewhere.
+    """
     from fusedopt.rules import RULES
 
     for target, param, grad in itertools.product(targets, DTYPES, DTYPES):
-        if grad == "fp64" != param:
+        if grad == "fp64" != param or (target in ALIKE and not is_all and not {param, grad} <= {"fp32", "bf16"}):
             continue
         if param == grad:
             yield target, "global_norm", (), param, grad
+            yield target, "weighted global_norm", (), param, grad
         elif target != "sm_90" or not (is_all or (param, grad) in USUAL):
             continue
         for rule in RULES.values():
             choices = [(True,) if state.option is None else (False, True) for state in rule.states]
             for stores in itertools.product(*choices):
                 yield target, rule.name, stores, param, grad
+                if target == "sm_90" and rule.optimizers and param == grad in ("fp32", "bf16"):
+                    yield target, f"{rule.name} from source", stores, param, grad
+                if rule.num_sums and param == grad:
+                    yield target, f"{rule.name} measure", stores, param, grad
+    for target in targets:
+        yield target, "add_up", (), "fp32", "fp32"
 
 
 def name_of(target, kernel, stores, param, grad):
@@ -65,28 +77,39 @@ def compile_variant(variant):
     is_cuda = target.startswith("sm_")
     warp_size = 64 if target.startswith("gfx9") else 32
     itemsizes = (
-        [int(grad[2:]) // 8] if kernel == "global_norm" else [int(dtype[2:]) // 8 for dtype in (param, grad, computed)]
+        [int(grad[2:]) // 8]
+        if kernel.endswith("global_norm")
+        else [int(dtype[2:]) // 8 for dtype in (param, grad, *[computed] * max(sum(stores), 1))]
     )
-    function = engine.global_norm if kernel == "global_norm" else engine.update
+    name, *what = kernel.split()
+    rule = RULES.get(name)
+    function = getattr(engine, kernel.split()[-1], engine.update)
     options = engine.launch_options(function, itemsizes, warp_size, is_cuda)
     constants = {name: options.pop(name) for name in ("BLOCK", "CHUNK")}
+    constants |= {"GRAD_DTYPE": types[grad], "PARAM_DTYPE": types[param], "DTYPE": types[computed], "STORES": stores}
+    constants |= {"IS_FINAL": True, "NUM_PARTIALS": 2048, "NUM_SUMS": 2, "FROM_SOURCE": what == ["from", "source"]}
     if kernel == "global_norm":
-        constants |= {"GRAD_DTYPE": types[grad], "IS_FINAL": True, "NUM_PARTIALS": 2048}
-    else:
-        prepare, update = getattr(rules, f"prepare_{kernel}"), getattr(rules, kernel)
+        constants |= {"weights": None, "PARAM_DTYPE": None}
+    if rule:
+        constants |= {part.upper(): getattr(rules, f"{part}_{name}", None) for part in ("prepare", "measure", "adapt")}
         constants |= {
-            "PREPARE": prepare, "UPDATE": update, "STORES": stores, "NUM_HYPER": len(RULES[kernel].hyper),
-            "HAS_EXTRA": RULES[kernel].extra is not None,
-            "PARAM_DTYPE": types[param], "GRAD_DTYPE": types[grad], "DTYPE": types[computed],
+            "UPDATE": getattr(rules, name), "NUM_HYPER": len(rule.hyper), "NUM_SUMS": rule.num_sums,
+            "HAS_EXTRA": rule.extra is not None,
         }  # fmt: skip
+        if not rule.num_sums:
+            constants["sums"] = None
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     pointers = {
         "grads": "*i64", "entry_of": "*i32", "index_of": "*i32", "numel": "*i64", "addresses": "*i64", "group_of": "*i32",
         "hyper": "*fp64", "partials": "*fp64", "ticket": "*i32", "max_norm": "*fp64", "previous": "*fp64",
         "grad_scale": "*fp32", "found_inf": "*fp32", "norm": "*fp32", "control": "*fp64", "skipped": "*i64",
+        "weights": "*i64", "first_chunk": "*i32", "partial_sums": "*fp64", "sums": "*fp64",
     }  # fmt: skip
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in function.arg_names}
     gpu = GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, warp_size)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in pointers}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if signature[name][0] == "*"
+    }
     compiled = triton.compile(ASTSource(function, signature, constants, aligned), target=gpu, options=options)
     return name_of(*variant), _cuda_facts(compiled) if is_cuda else _hip_facts(compiled)
 
@@ -144,8 +167,10 @@ def cuda_kernels(path):
     ).stdout.splitlines()
     for ((target, _), of_kernel), name in zip(by_target.items(), names, strict=True):
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", of_kernel["-res-usage"]).groups()
-        rule = re.search(r"update<fusedopt::(.+), \w+>\(", name)
-        short = f"{target} {rule.group(1) if rule else 'global_norm'}"
+        rule = re.search(r"(update|measure)<fusedopt::(.+), \w+>\(", name)
+        what = {"update": "", "measure": " measure"}
+        short = f"{rule.group(2)}{what[rule.group(1)]}" if rule else "add_up" if "of_each" in name else "global_norm"
+        short = f"{target} {short}"
         yield short, of_kernel["-sass"], _facts_of_code(of_kernel["-sass"], registers, stack)
 
 

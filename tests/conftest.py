@@ -49,7 +49,11 @@ def _is_left_out(params):
     backend = params.get("on_backend")
     if backend not in ("cuda", "triton") or os.environ.get("FUSEDOPT_TEST_ALL") == "1":
         return False
-    is_adamw = str(params.get("spec", "AdamW")) == "AdamW" and str(params.get("case", "AdamW(")).startswith("AdamW(")
+    is_adamw = (
+        params.get("base", "AdamW") == "AdamW"
+        and str(params.get("spec", "AdamW")) == "AdamW"
+        and str(params.get("case", "AdamW(")).startswith("AdamW(")
+    )
     return params.get("dtype", torch.float32) != torch.float32 or (backend == "triton" and not is_adamw)
 
 

@@ -91,7 +91,8 @@ class Kernels(device.Kernels):
         self.chunk = self._engine.CHUNK
         wanted = min(device.num_chunks(entries, self.chunk), processors * self._engine.PROGRAMS_PER_PROCESSOR)
         self.norm_programs = self._update_programs = max(wanted, 1)
-        itemsizes = (param.itemsize, grad.itemsize, first.compute_dtype.itemsize)
+        stores = tuple(state is not None for state in first.states)
+        itemsizes = (param.itemsize, grad.itemsize, *[first.compute_dtype.itemsize] * max(sum(stores), 1))
         launch_options = self._engine.launch_options
         self._norm_options = dict(
             GRAD_DTYPE=names[grad], **launch_options(self._engine.global_norm, itemsizes[1:2], *machine)
@@ -102,7 +103,7 @@ class Kernels(device.Kernels):
         }
         self._options = dict(
             **of_rule, UPDATE=getattr(kernels.rules, rule.name), NUM_SUMS=rule.num_sums,
-            STORES=tuple(state is not None for state in first.states),
+            STORES=stores,
             NUM_HYPER=len(rule.hyper), HAS_EXTRA=rule.extra is not None,
             PARAM_DTYPE=names[param], GRAD_DTYPE=names[grad], DTYPE=names[first.compute_dtype],
             **launch_options(self._engine.update, itemsizes, *machine),

@@ -1,0 +1,474 @@
+"""SAM and ASAM: against per-tensor loops around torch.optim, the ascent itself, weights that come back to the bit."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from helpers import assert_close, assert_same_bits, bits, clone_params, make_params, nothing_changes, randn, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fusedopt
+from fusedopt.plan import Plan
+
+SHAPES = ((13, 7), (1021,), (), (0, 3), (4099,))
+BASES = {
+    "AdamW": {"weight_decay": 0.125},
+    "SGD": {"momentum": 0.9, "weight_decay": 0.125},
+    "NAdam": {},
+    "RMSprop": {"momentum": 0.5, "centered": True, "eps": 1e-3},
+}
+
+
+def loss_of(params, seed, scale=1.0):
+    """Not quadratic, of all elements, so that the second gradient is another one."""
+    return scale * sum(
+        ((param * 0.7).sin() * randn(param.shape, param.dtype, seed + i)).sum() for i, param in enumerate(params)
+    )
+
+
+def closure_of(optimizer, params, seed, scale=1.0):
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(params, seed, scale)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+class PlainSAM:
+    """Per tensor, in float64 arithmetic of torch, around an optimizer of torch."""
+
+    def __init__(self, groups, twin, max_grad_norm=None):
+        self.groups, self.twin, self.max_grad_norm = groups, twin, max_grad_norm
+
+    def step(self, closure, sign=1.0):
+        loss = closure()
+        used = [(p, group) for group in self.groups for p in group["params"] if p.grad is not None]
+        weights = [p.detach().double() if group["adaptive"] else torch.ones_like(p).double() for p, group in used]
+        norm = torch.cat([(w * p.grad.double()).flatten() for w, (p, _) in zip(weights, used, strict=True)]).norm()
+        before = [(p, p.detach().clone()) for p, _ in used]
+        with torch.no_grad():
+            for w, (p, group) in zip(weights, used, strict=True):
+                p.add_((sign * group["rho"] * w * w * p.grad.double() / (norm + 1e-12)).to(p.dtype))
+        closure()
+        with torch.no_grad():
+            for p, old in before:
+                p.copy_(old)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_([p for p, _ in used], self.max_grad_norm)
+        self.twin.step()
+        return loss
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("adaptive", [False, True], ids=["SAM", "ASAM"])
+def test_steps_are_those_of_a_plain_loop_around_torch(base, adaptive, on_backend):
+    """Float64, so that a wrong formula cannot hide; groups of their own rho and kind, a clip that bites, ascent and descent."""
+    for maximize in (False, True):
+        params = make_params(SHAPES, torch.float64)
+        others = clone_params(params)
+        own = [{"rho": 0.7}, {"adaptive": not adaptive}]
+        groups = [{"params": params[:2], **own[0]}, {"params": params[2:], **own[1]}]
+        options = {"lr": 0.05, "maximize": maximize, **BASES[base]}
+        ours = fusedopt.SAM(groups, getattr(fusedopt, base), rho=0.3, adaptive=adaptive, max_grad_norm=3.0, **options)
+        twin = getattr(torch.optim, base)([{"params": others[:2]}, {"params": others[2:]}], **options)
+        plain = [
+            {"params": others[:2], "rho": 0.7, "adaptive": adaptive},
+            {"params": others[2:], "rho": 0.3, "adaptive": not adaptive},
+        ]
+        theirs = PlainSAM(plain, twin, max_grad_norm=3.0)
+        for seed in range(3):
+            loss = ours.step(closure_of(ours, params, 10 * seed))
+            expected = theirs.step(closure_of(twin, others, 10 * seed), -1.0 if maximize else 1.0)
+            assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+            assert ours.grad_norm > 3.0
+        assert_close(params, others, 1e-6 if base == "NAdam" else 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("adaptive", [False, True], ids=["SAM", "ASAM"])
+def test_the_ascent_is_rho_long_along_the_gradient(adaptive, dtype, on_backend):
+    params = make_params(SHAPES, dtype)
+    optimizer = fusedopt.SAM(params, rho=2.0, adaptive=adaptive)
+    loss_of(params, 0).backward()
+    before = [param.detach().to(torch.float64, copy=True) for param in params]
+    grads = [param.grad.double() for param in params]
+    if adaptive:
+        norm = torch.cat([(p * g).flatten() for p, g in zip(before, grads, strict=True)]).norm()
+        expected = [p + 2.0 * p * p * g / (norm + 1e-12) for p, g in zip(before, grads, strict=True)]
+    else:
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        expected = [p + 2.0 * g / (norm + 1e-12) for p, g in zip(before, grads, strict=True)]
+    optimizer.first_step()
+    tolerance = 8 * torch.finfo(dtype).eps
+    for param, wanted, start in zip(params, expected, before, strict=True):
+        assert ((param.double() - wanted).abs() <= tolerance * (start.abs() + (wanted - start).abs())).all()
+    if dtype == torch.float64 and not adaptive:
+        moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(params, before, strict=True)]).norm()
+        assert float(moved) == pytest.approx(2.0, rel=1e-12)
+
+
+def odd_layouts():
+    """Transposed, with gaps, and a slice off alignment."""
+    return [
+        torch.nn.Parameter(randn((33, 5)).t()),
+        torch.nn.Parameter(randn((40, 6))[:, ::2]),
+        torch.nn.Parameter(randn((4200,))[3:]),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_come_back_to_the_bit(dtype, on_backend):
+    """By a step that moves nothing, which is by the kernels, and by restore; -0.0, subnormals and infinity among them."""
+    special = torch.tensor([-0.0, 1e-40, -torch.inf, 65504.0, 1e-7], dtype=torch.float64).to(dtype)
+    params = [torch.nn.Parameter(special), *make_params(SHAPES, dtype)]
+    params += odd_layouts() if dtype == torch.float32 else []
+    before = [bits(param) for param in params]
+    optimizer = fusedopt.SAM(params, fusedopt.SGD, rho=10.0, lr=0.0)
+
+    def set_grads():
+        for i, param in enumerate(params):
+            param.grad = randn(param.shape, dtype, i)
+
+    for end in (optimizer.second_step, optimizer.restore, optimizer.second_step):
+        set_grads()
+        optimizer.first_step()
+        assert sum(bits(param) != old for param, old in zip(params, before, strict=True)) >= len(params) - 2
+        set_grads()
+        end()
+        assert [bits(param) for param in params] == before
+
+
+@pytest.mark.parametrize("layout", range(3))
+def test_any_layout_steps_as_its_contiguous_clone(layout, on_backend):
+    param = odd_layouts()[layout]
+    results = []
+    for params in ([param], [torch.nn.Parameter(param.detach().contiguous().clone())]):
+        optimizer = fusedopt.SAM(params, fusedopt.Lion, rho=0.5, adaptive=True, lr=0.1)
+        for seed in range(3):
+            optimizer.step(closure_of(optimizer, params, seed))
+        results.append(params)
+    assert_close(results[0], results[1], 1e-6)
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["SAM", "ASAM"])
+def test_zero_gradients_ascend_nowhere(adaptive, on_backend):
+    params = make_params(SHAPES)
+    optimizer = fusedopt.SAM(params, lr=0.1, weight_decay=0.0, adaptive=adaptive)
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.first_step()
+    assert_same_bits(before, [param.detach() for param in params])
+    optimizer.second_step()
+    assert_same_bits(before, [param.detach() for param in params])
+
+
+def test_a_step_is_three_launches_and_copies_nothing(on_backend, monkeypatch):
+    """The weights that the ascent left behind are read by the step itself; both plans stay."""
+    params = make_params(SHAPES)
+    optimizer = fusedopt.SAM(params, max_grad_norm=1.0)
+    optimizer.step(closure_of(optimizer, params, 0))
+    monkeypatch.setattr(torch, "_foreach_copy_", None)
+    made = []
+    if on_backend != "reference":  # which plans anew each time
+        monkeypatch.setattr(Plan, "make", lambda *args: made.append(args))
+        optimizer.step(closure_of(optimizer, params, 1))
+        assert not made
+
+
+# ---- gradients that are not finite -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("nonfinite", ["skip", "error"])
+def test_nonfinite_gradients_change_nothing(nonfinite, which, value, on_backend):
+    params = make_params(SHAPES)
+    optimizer = fusedopt.SAM(params, lr=0.1, nonfinite=nonfinite)
+    optimizer.step(closure_of(optimizer, params, 0))
+    states = copy.deepcopy(optimizer.state_dict()["state"])
+    before = [param.detach().clone() for param in params]
+    calls = []
+
+    def closure():
+        loss = closure_of(optimizer, params, 1)()
+        calls.append(loss)
+        if len(calls) == which:
+            params[1].grad[7] = value
+        return loss
+
+    if nonfinite == "error":
+        with pytest.raises(RuntimeError, match=r"params'\]\[1\].*nothing was updated"):
+            optimizer.step(closure)
+    else:
+        optimizer.step(closure)
+        assert int(optimizer.skipped_steps) == 1
+    assert len(calls) == which  # after a first gradient that is no good there is no use in a second one
+    assert_same_bits(before, [param.detach() for param in params])
+    now = optimizer.state_dict()["state"]
+    for index, state in states.items():
+        assert_same_bits(state.values(), now[index].values())
+    optimizer.step(closure_of(optimizer, params, 2))
+    assert not same_bits(before[1], params[1].detach())
+
+
+def test_nonfinite_gradients_propagate_as_in_torch(on_backend):
+    params = make_params(SHAPES)
+    optimizer = fusedopt.SAM(params, fusedopt.SGD, lr=0.1)
+    optimizer.step(closure_of(optimizer, params, 0))
+    loss_of(params, 1).backward()
+    params[1].grad[7] = torch.inf
+    before = [param.detach().clone() for param in params]
+    optimizer.first_step()
+    assert params[1][7].isnan() and not params[0].isnan().any()
+    optimizer.restore()
+    assert_same_bits(before, [param.detach() for param in params])
+
+
+# ---- the two steps by hand -------------------------------------------------------------------------------------
+
+
+def test_by_hand_is_as_by_closure(on_backend):
+    results = []
+    for by_hand in (False, True):
+        params = make_params(SHAPES)
+        optimizer = fusedopt.SAM(params, rho=0.5, lr=0.05)
+        for seed in range(3):
+            closure = closure_of(optimizer, params, seed)
+            if by_hand:
+                closure()
+                optimizer.first_step(zero_grad=True)
+                assert params[0].grad is None
+                closure()
+                optimizer.second_step(zero_grad=True)
+                assert params[0].grad is None
+            else:
+                optimizer.step(closure)
+        results.append(params)
+    assert_same_bits(*results)
+
+
+def test_order_of_the_two_steps_is_watched():
+    params = make_params()
+    optimizer = fusedopt.SAM(params)
+    loss_of(params, 0).backward()
+    with nothing_changes(optimizer):
+        with pytest.raises(RuntimeError, match="step needs a closure"):
+            optimizer.step()
+        with pytest.raises(RuntimeError, match="first_step\\(\\) comes before"):
+            optimizer.second_step()
+        optimizer.restore()
+    optimizer.first_step()
+    with nothing_changes(optimizer):
+        with pytest.raises(RuntimeError, match="first_step: was called before"):
+            optimizer.first_step()
+        with pytest.raises(RuntimeError, match="first_step\\(\\) was called before"):
+            optimizer.step(closure_of(optimizer, params, 1))
+        with pytest.raises(RuntimeError, match="cannot be copied between"):
+            copy.deepcopy(optimizer)
+    optimizer.step()
+    optimizer.step(closure_of(optimizer, params, 1))
+
+
+def test_step_without_closure_and_lr_0_makes_the_states_and_moves_nothing(on_backend):
+    """As torch.distributed.checkpoint does before it loads."""
+    params = make_params()
+    optimizer = fusedopt.SAM(params, lr=torch.tensor(0.0))
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step(closure=None)
+    assert_same_bits(before, [param.detach() for param in params])
+    assert len(optimizer.state) == len(params)
+
+
+def test_a_second_closure_that_fails_leaves_the_weights_where_they_were(on_backend):
+    params = make_params()
+    optimizer = fusedopt.SAM(params, rho=1.0)
+    before = [param.detach().clone() for param in params]
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return closure_of(optimizer, params, 0)()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert_same_bits(before, [param.detach() for param in params])
+    assert not optimizer.state
+    optimizer.step(closure_of(optimizer, params, 1))
+
+
+def test_parameters_with_only_one_of_the_two_gradients(on_backend):
+    """One that ascended comes back and is not stepped; one that did not is stepped from where it is."""
+    params = make_params()
+    optimizer = fusedopt.SAM(params, fusedopt.SGD, rho=1.0, lr=0.1)
+    before = [param.detach().clone() for param in params]
+    for turn in range(2):
+        optimizer.zero_grad()
+        loss_of(params, 0).backward()
+        params[1].grad = None
+        optimizer.first_step()
+        assert_close([params[1]], [before[1] - 0.1 * turn], 1e-6)
+        assert not same_bits(params[0].detach(), before[0])
+        loss_of(params, 1).backward()
+        params[0].grad = None
+        params[1].grad = torch.ones_like(params[1])
+        optimizer.second_step()
+        assert same_bits(params[0].detach(), before[0])
+        assert_close([params[1]], [before[1] - 0.1 * (turn + 1)], 1e-6)
+
+
+# ---- as its base -----------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_those_of_the_base():
+    params = make_params(dtype=torch.float64)
+    optimizer = fusedopt.SAM([{"params": params, "rho": 0.4}], lr=0.05)
+    for seed in range(2):
+        optimizer.step(closure_of(optimizer, params, seed))
+    optimizer.first_step()
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    optimizer.restore()
+    plain, twin = (cls(clone_params(params), lr=0.05) for cls in (fusedopt.AdamW, torch.optim.AdamW))
+    assert checkpoint["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert fusedopt.SAM(params).state_dict()["param_groups"] == fusedopt.AdamW(params).state_dict()["param_groups"]
+    plain.load_state_dict(checkpoint)
+    twin.load_state_dict(checkpoint)
+    others = clone_params(params)
+    again = fusedopt.SAM([{"params": others, "rho": 0.4}], lr=1.0, rho=3.0)
+    again.load_state_dict(plain.state_dict())
+    assert again.param_groups[0]["rho"] == 0.4 and again.param_groups[0]["lr"] == 0.05
+    optimizer.step(closure_of(optimizer, params, 5))
+    again.step(closure_of(again, others, 5))
+    assert_same_bits(params, others)
+    from_torch = fusedopt.SAM(clone_params(params))
+    from_torch.load_state_dict(twin.state_dict())
+
+
+def test_copies_go_on_as_the_original():
+    params = make_params()
+    optimizer = fusedopt.SAM(params, fusedopt.Lion, rho=0.4, adaptive=True, lr=0.01, max_grad_norm=1.0)
+    optimizer.step(closure_of(optimizer, params, 0))
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert isinstance(copied, fusedopt.SAM) and isinstance(copied, fusedopt.Lion)
+        assert (copied.rho, copied.adaptive, copied.max_grad_norm) == (0.4, True, 1.0)
+        own = copied.param_groups[0]["params"]
+        twin = copy.deepcopy(optimizer)
+        of_twin = twin.param_groups[0]["params"]
+        copied.step(closure_of(copied, own, 1))
+        twin.step(closure_of(twin, of_twin, 1))
+        assert_same_bits(own, of_twin)
+
+
+def test_schedulers_and_hooks_see_one_step():
+    params = make_params()
+    optimizer = fusedopt.SAM(params, fusedopt.SGD, lr=0.1, momentum=0.9)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(params, 0).backward()
+        optimizer.first_step()
+        assert seen == []
+        optimizer.second_step()
+        scheduler.step()
+        optimizer.step(closure_of(optimizer, params, 1))
+        scheduler.step()
+    assert seen == ["before", "after"] * 2
+
+
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_grad_scaler(is_finite, on_backend):
+    """Powers of two scale exactly: the same bits as without; a gradient that is not finite only skips the step."""
+    params = make_params()
+    others = clone_params(params)
+    scaled, plain = (fusedopt.SAM(each, rho=0.5, lr=0.05, max_grad_norm=1.0) for each in (params, others))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for seed in range(3):
+        plain.step(closure_of(plain, others, seed))
+        scaled.zero_grad()
+        scaler.scale(loss_of(params, seed)).backward()
+        scaled.first_step()
+        scaled.zero_grad()
+        scaler.scale(loss_of(params, seed)).backward()
+        if seed == 2 and not is_finite:
+            before = [scaled._sources[param].clone() for param in params if param.numel()]
+            params[0].grad[0] = torch.inf
+        scaler.step(scaled)
+        scaler.update()
+    if is_finite:
+        assert_close(params, others, 1e-6)
+    else:
+        assert_same_bits(before, [param.detach() for param in params if param.numel()])
+        assert int(scaled.skipped_steps) == 1
+
+
+def test_bad_arguments_are_refused():
+    params = make_params()
+    for options, message in (
+        ({"rho": -1.0}, "rho must be >= 0, got -1.0"),
+        ({"rho": float("nan")}, "rho must be >= 0, got nan"),
+        ({"rho": "x"}, "rho must be a number"),
+        ({"adaptive": 2}, "adaptive must be True or False, got 2"),
+        ({"lr": -1.0}, "lr must be >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fusedopt.SAM(params, **options)
+    for base in (torch.optim.AdamW, "AdamW", fusedopt.SAM, None):
+        with pytest.raises(TypeError, match="base must be an optimizer class of fusedopt"):
+            fusedopt.SAM(params, base)
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: rho must be >= 0"):
+        fusedopt.SAM([{"params": params, "rho": -1}])
+    optimizer = fusedopt.SAM(params)
+    with pytest.raises(ValueError, match="rho must be >= 0"):
+        optimizer.rho = -1
+    optimizer.param_groups[0]["rho"] = -1
+    loss_of(params, 0).backward()
+    with nothing_changes(optimizer), pytest.raises(ValueError, match=r"SAM.first_step: param_groups\[0\]: rho must be"):
+        optimizer.first_step()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_random_lives_are_those_of_a_plain_loop(data):
+    """Any of the bases, options that change, parameters that come, go without a gradient or have none."""
+    base = data.draw(st.sampled_from([*BASES]))
+    shapes = data.draw(st.lists(st.sampled_from([(), (1,), (7,), (0, 2), (33, 9), (1025,)]), min_size=1, max_size=4))
+    params = make_params(shapes, torch.float64)
+    others = clone_params(params)
+    options = {"lr": 0.05, **BASES[base]}
+    rho, adaptive = data.draw(st.floats(0, 2)), data.draw(st.booleans())
+    ours = fusedopt.SAM(params, getattr(fusedopt, base), rho=rho, adaptive=adaptive, **options)
+    twin = getattr(torch.optim, base)(others, **options)
+    theirs = PlainSAM([{"params": others, "rho": rho, "adaptive": adaptive}], twin)
+    for seed in range(4):
+        change = data.draw(st.sampled_from(["nothing", "rho", "frozen", "reloaded", "moved"]))
+        if change == "rho":
+            ours.rho = theirs.groups[0]["rho"] = data.draw(st.floats(0, 2))
+        if change == "reloaded":
+            ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+        if change == "moved":
+            params[0].data = params[0].data.clone()
+        used = [i for i in range(len(params)) if change != "frozen" or i % 2]
+
+        def closure(optimizer, of, used=used, seed=seed):
+            optimizer.zero_grad()
+            loss = loss_of([of[i] for i in used], 10 * seed) if used else torch.zeros(())
+            if used:
+                loss.backward()
+            return loss
+
+        if used:
+            ours.step(lambda closure=closure: closure(ours, params))
+            theirs.step(lambda closure=closure: closure(twin, others))
+    assert_close(params, others, 1e-6 if base == "NAdam" else 1e-10)
