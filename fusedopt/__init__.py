@@ -11,8 +11,9 @@ In a training loop::
 
 import torch  # noqa: F401  first, so that the extension shares torch's OpenMP runtime
 
+from fusedopt import schedules
 from fusedopt.clip import clip_grad_norm_
 from fusedopt.optimizers import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RMSprop
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RMSprop", "clip_grad_norm_"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RMSprop", "clip_grad_norm_", "schedules"]
