@@ -11,9 +11,22 @@ In a training loop::
 
 import torch  # noqa: F401  first, so that the extension shares torch's OpenMP runtime
 
-from fusedopt import schedules
+from fusedopt import recipes, schedules
 from fusedopt.clip import clip_grad_norm_
 from fusedopt.optimizers import SGD, Adagrad, Adam, AdamW, Lion, NAdam, RMSprop
+from fusedopt.param_groups import param_groups_weight_decay
 
 __version__ = "0.1.0"
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RMSprop", "clip_grad_norm_", "schedules"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "NAdam",
+    "RMSprop",
+    "clip_grad_norm_",
+    "param_groups_weight_decay",
+    "recipes",
+    "schedules",
+]

@@ -19,7 +19,6 @@ after its end the cosine climbs again. A lambda would be left out of the schedul
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from fusedopt.optimizers import Lion
-from fusedopt.rules import number
+from fusedopt.rules import integer, number
 
 __all__ = ["inverse_sqrt", "linear", "one_cycle", "step", "warmup_cosine", "warmup_stable_decay"]
 
@@ -166,7 +165,7 @@ def warmup_stable_decay(
     arXiv:2405.18392.
     """
     total_steps, warmup_steps = _total_and_warmup(total_steps, warmup_steps)
-    decay_steps = _integer("decay_steps", decay_steps, 1)
+    decay_steps = integer("decay_steps", decay_steps, 1)
     if warmup_steps + decay_steps > total_steps:
         raise ValueError(
             f"warmup_steps + decay_steps must be at most total_steps, got {warmup_steps} + {decay_steps} > {total_steps}"
@@ -209,7 +208,7 @@ def inverse_sqrt(optimizer: Optimizer, warmup_steps: int) -> LambdaLR:
 
     Reference: Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762, section 5.3.
     """
-    return LambdaLR(optimizer, _InverseSqrt(_integer("warmup_steps", warmup_steps, 1)))
+    return LambdaLR(optimizer, _InverseSqrt(integer("warmup_steps", warmup_steps, 1)))
 
 
 def step(optimizer: Optimizer, step_size: int, gamma: float = 0.1, warmup_steps: int = 0) -> LambdaLR:
@@ -245,8 +244,8 @@ def step(optimizer: Optimizer, step_size: int, gamma: float = 0.1, warmup_steps:
     Reference: He et al. 2016, "Deep residual learning for image recognition", arXiv:1512.03385; with warmup: Goyal et al. 2017,
     "Accurate, large minibatch SGD", arXiv:1706.02677.
     """
-    step_size = _integer("step_size", step_size, 1)
-    warmup_steps = _integer("warmup_steps", warmup_steps, 0)
+    step_size = integer("step_size", step_size, 1)
+    warmup_steps = integer("warmup_steps", warmup_steps, 0)
     if warmup_steps > step_size:
         raise ValueError(f"warmup_steps must be at most step_size, got {warmup_steps} > {step_size}")
     return LambdaLR(optimizer, _Step(step_size, _ratio(gamma, "gamma"), warmup_steps))
@@ -304,8 +303,8 @@ def one_cycle(
     Reference: Smith & Topin 2018, "Super-convergence: Very fast training of neural networks using large learning rates",
     arXiv:1708.07120; momentum: Smith 2018, "A disciplined approach to neural network hyper-parameters", arXiv:1803.09820.
     """
-    total_steps = _integer("total_steps", total_steps, 3)
-    warmup_steps = _integer("warmup_steps", warmup_steps, 2)
+    total_steps = integer("total_steps", total_steps, 3)
+    warmup_steps = integer("warmup_steps", warmup_steps, 2)
     if warmup_steps >= total_steps:
         raise ValueError(f"warmup_steps must be less than total_steps, got {warmup_steps} >= {total_steps}")
     initial_lr_ratio, min_lr_ratio = _ratio(initial_lr_ratio, "initial_lr_ratio"), _ratio(min_lr_ratio)
@@ -397,18 +396,8 @@ class _Step:
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _integer(name: str, value: Any, low: int) -> int:
-    try:
-        checked = operator.index(value)
-    except TypeError:
-        checked = None
-    if checked is None or isinstance(value, bool) or checked < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-    return checked
-
-
 def _total_and_warmup(total_steps: Any, warmup_steps: Any) -> tuple[int, int]:
-    total_steps, warmup_steps = _integer("total_steps", total_steps, 1), _integer("warmup_steps", warmup_steps, 0)
+    total_steps, warmup_steps = integer("total_steps", total_steps, 1), integer("warmup_steps", warmup_steps, 0)
     if warmup_steps > total_steps:
         raise ValueError(f"warmup_steps must be at most total_steps, got {warmup_steps} > {total_steps}")
     return total_steps, warmup_steps
