@@ -1,4 +1,7 @@
-"""``python -m bench cpu|cuda [--quick]``: times every rule against torch.optim, prints a table, writes JSON."""
+"""``python -m bench cpu|cuda [--quick]``: times every rule against torch.optim, prints a table, writes JSON.
+
+``python -m bench schedules`` draws docs/schedules.svg.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m bench", description=__doc__)
+    parser = Parser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("device", choices=sorted(PEERS))
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no 124M-parameter model")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, metavar="NAME", help=", ".join(WORKLOADS))
@@ -69,7 +72,19 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def draw_schedules(argv: list[str]) -> int:
+    if argv:
+        Parser().error(f"schedules takes no arguments, got {' '.join(argv)}")
+    from bench import schedules  # needs matplotlib, which a machine that only times need not have
+
+    schedules.draw(schedules.PICTURE)
+    print(f"written to {schedules.PICTURE}")
+    return 0
+
+
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["schedules"]:
+        return draw_schedules(argv[1:])
     options = arguments(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench: torch sees no GPU here", file=sys.stderr)

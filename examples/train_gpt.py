@@ -9,12 +9,11 @@
 The folder --out (runs/train_gpt) receives the checkpoints, the loss curves as a picture and the results as JSON.
 A resumed run ends with the same bits as one that never stopped (on a GPU only if torch's kernels are deterministic).
 
-Two places differ from a training loop with torch.optim. Each is marked with "was:".
+Two places differ from the same training with torch.optim. Each is marked with "was:".
 """
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -93,24 +92,15 @@ class GPT(nn.Module):
 
 
 def make_optimizer(model, args, ours):
-    """fusedopt's optimizer, or (ours=False) the same one of torch.optim."""
+    """fusedopt's optimizer, or (ours=False) the same one of torch.optim, with its schedule; the recipe serves both."""
     cls, _, _, options, torch_only = OPTIMIZERS[args.optimizer]
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    if not ours:
-        return getattr(torch.optim, cls)(groups, lr=args.lr, **options, **torch_only)
-    # was: torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
-    return getattr(fusedopt, cls)(groups, lr=args.lr, max_grad_norm=args.max_grad_norm, backend=args.backend, **options)
-
-
-def lr_factor(step, steps):
-    """Linear warmup over the first 5 % of the steps, then a cosine down to a tenth."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    settings = {"lr": args.lr, "weight_decay": args.weight_decay, "warmup_steps": max(1, args.steps // 20), **options}
+    if ours:
+        # was: settings |= {"optimizer": torch.optim.AdamW, "max_grad_norm": None, "fused": True}
+        settings |= {"optimizer": getattr(fusedopt, cls), "max_grad_norm": args.max_grad_norm, "backend": args.backend}
+    else:
+        settings |= {"optimizer": getattr(torch.optim, cls), "max_grad_norm": None, **torch_only}
+    return fusedopt.recipes.transformer_pretraining(model, args.steps, **settings)
 
 
 def windows(text, starts, args):
@@ -147,8 +137,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.args, self.ours = args, ours
         self.model = GPT(args.layers, args.width, args.heads, args.context).to(args.device)
-        self.optimizer = make_optimizer(self.model, args, ours)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, args.steps))
+        self.optimizer, self.scheduler = make_optimizer(self.model, args, ours)
         self.library = "fusedopt" if ours else "torch.optim"
         self.measured = {"name": f"{self.library}.{type(self.optimizer).__name__}"}
         self.measured.update(loss=[], grad_norm=[], step_ms=[], optimizer_ms=[], validation=[])
@@ -353,7 +342,8 @@ def parse_args(argv):
     try:  # find out now, not after reading the text, whether the backend serves the device
         probe = nn.Linear(1, 1).to(args.device)
         probe(torch.ones(1, 1, device=args.device)).sum().backward()
-        make_optimizer(probe, args, ours=True).step()
+        optimizer, _ = make_optimizer(probe, args, ours=True)
+        optimizer.step()
     except (ValueError, RuntimeError) as error:
         fail(error)
     return args

@@ -11,6 +11,7 @@ In a training loop::
 
 import torch  # noqa: F401  first, so that the extension shares torch's OpenMP runtime
 
+from fusedopt import recipes, schedules
 from fusedopt.clip import clip_grad_norm_
 from fusedopt.optimizers import (
     LAMB,
@@ -25,6 +26,7 @@ from fusedopt.optimizers import (
     RMSprop,
     StableAdamW,
 )
+from fusedopt.param_groups import param_groups_weight_decay
 from fusedopt.sam import SAM
 
 __version__ = "0.1.0"
@@ -42,4 +44,7 @@ __all__ = [
     "RMSprop",
     "StableAdamW",
     "clip_grad_norm_",
+    "param_groups_weight_decay",
+    "recipes",
+    "schedules",
 ]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,17 @@ def number(name: str, value: Any, takes_bool: bool = False) -> float:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def integer(name: str, value: Any, low: int) -> int:
+    """A count as Python's int: of any library's integers, but no bool."""
+    try:
+        checked = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        checked = None
+    if checked is None or checked < low:
+        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+    return checked
 
 
 def is_elsewhere(value: Any) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedopt
 from bench import __main__ as bench_main
 from bench import step
 from bench.peers import PEERS, RULES, TORCH_FUSED, Contestant
@@ -174,3 +175,23 @@ def test_uses_nothing_private():
         assert not re.search(
             r"fusedopt\._(?!_)|fusedopt\.(plan|backends|optimizer|clip|rules|errors)\b", path.read_text()
         )
+
+
+def test_picture_of_the_schedules_shows_every_one_and_is_the_same_each_time(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    from bench import schedules
+
+    assert {*schedules.PANELS} == {*fusedopt.schedules.__all__}
+    kept = schedules.PICTURE.read_text()
+    pictures = []
+    for name in ("a.svg", "b.svg"):
+        monkeypatch.setattr(schedules, "PICTURE", tmp_path / name)
+        assert bench("schedules") == 0
+        pictures.append((tmp_path / name).read_text())
+    assert pictures[0] == pictures[1]
+    for picture in (kept, pictures[0]):
+        assert all(f">{title}</text>" in picture for title in schedules.PANELS)
+    assert max(schedules.factors(schedules.PANELS["warmup_cosine"][""])) == 1
+    capsys.readouterr()
+    assert bench("schedules", "--quick") == 2
+    assert capsys.readouterr().err == "bench: schedules takes no arguments, got --quick\n"

@@ -38,6 +38,11 @@ WALLS = {
         "fusedopt/optimizers/*.py",
         [r"backends|data_ptr|_C\b", r"from fusedopt\.(?!optimizer\b|rules\b|optimizers\.)"],
     ),
+    "schedules, groups and recipes know no engine": (
+        "fusedopt/schedules.py fusedopt/param_groups.py fusedopt/recipes.py",
+        [r"(import|from) .*\b(backends|plan|clip|extension|reference|kernels|_C)\b", r"data_ptr|\.data\b|\.grad\b"],
+    ),
+    "which parameters decay is no matter of the optimizer": ("fusedopt/param_groups.py", [r"fusedopt|optim\b"]),
     "plan and backends know no class and no rule by name": (
         "fusedopt/plan.py fusedopt/backends/*.py",
         [r"fusedopt\.optimizers?\b", r"[\"'](sgd|adagrad|rmsprop|adamw?|nadam|lion)[\"']"],
