@@ -1,5 +1,5 @@
 # make train   train a small GPT with fusedopt.AdamW and compare with torch.optim   (ARGS="--steps 50" passes options on)
-# make test    lint and tests
+# make test    lint and tests, in JOBS=2 processes
 # make fuzz    N=20000 random examples a class against the reference   (SEED=1 repeats a run)
 # make bench   the CPU benchmark
 # make gpu     on a machine with a GPU: its tests, quick benchmark and compute-sanitizer, reports in OUT=runs/gpu
@@ -14,6 +14,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 ARGS ?=
+JOBS ?= 2
 OUT ?= runs/gpu
 N ?= 20000
 SEED ?= $(shell date +%s)
@@ -27,7 +28,7 @@ train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -73,6 +73,11 @@ class Rule:
     cases: tuple[Mapping[str, Any], ...] = ()  # constructor arguments for tests: every option at least once
     errors: tuple[tuple[Mapping[str, Any], str], ...] = ()  # constructor arguments that are refused, and what is said
 
+    @property
+    def betas(self) -> tuple[str, ...]:
+        """Those of its scalars that a group holds in `betas`."""
+        return tuple(name for name in self.hyper if name in BETAS)
+
     def option(self, group: Mapping[str, Any], name: str) -> Any:
         """A group's option; one of ours that the group does not mention has its default."""
         return group[name] if name in group else self.own_options[name]
@@ -102,9 +107,8 @@ class Rule:
             label, value = name, None
             if name in BETAS:
                 index, betas = BETAS.index(name), group["betas"]
-                count = len(set(BETAS) & {*self.hyper})
-                if not isinstance(betas, (tuple, list)) or len(betas) != count:
-                    raise ValueError(f"betas must be {('two', 'three')[count - 2]} numbers, got {betas!r}")
+                if not isinstance(betas, (tuple, list)) or len(betas) != len(self.betas):
+                    raise ValueError(f"betas must be {len(self.betas)} numbers, got {betas!r}")
                 label, value = f"betas[{index}]", betas[index]
             else:
                 value = self.option(group, name)
@@ -212,7 +216,7 @@ RULES = {
             errors=(
                 ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
                 ({"betas": (0.9, 1.0)}, r"betas\[1\] must be >= 0 and < 1, got 1.0"),
-                ({"betas": (0.9,)}, "betas must be two numbers"),
+                ({"betas": (0.9,)}, "betas must be 2 numbers"),
                 ({"eps": float("nan")}, "eps must be >= 0, got nan"),
             ),
         ),
@@ -263,7 +267,7 @@ RULES = {
                 {"weight_decay": 0.125, "decoupled_weight_decay": True, "betas": (0.8, 0.7, 0.9), "maximize": True},
             ),
             errors=(
-                ({"betas": (0.9, 0.99)}, "betas must be three numbers"),
+                ({"betas": (0.9, 0.99)}, "betas must be 3 numbers"),
                 ({"betas": (0.9, 0.99, 1.0)}, r"betas\[2\] must be >= 0 and < 1, got 1.0"),
             ),
         ),

@@ -574,7 +574,15 @@ def test_refusal_lists_the_first_five_differences():
 CLASSES = sorted({case.optimizer for case in CASES} - {"AdamW"})
 
 
-@pytest.mark.parametrize("source, into", [*itertools.permutations(CLASSES, 2)])
+def states_of(name):
+    return [{state.name for state in spec.rule.states} | {spec.rule.extra} for spec in SPECS if spec.name == name]
+
+
+# Those that keep the same take over from each other, as in torch: AdamW's moments are a start for LAMB.
+STRANGERS = [pair for pair in itertools.permutations(CLASSES, 2) if states_of(pair[0]) != states_of(pair[1])]
+
+
+@pytest.mark.parametrize("source, into", STRANGERS)
 def test_checkpoint_of_another_class_is_refused(source, into):
     options = {"lr": 0.01, "weight_decay": 0.125}
     momentum = {"momentum": 0.9}

@@ -10,6 +10,7 @@ import pytest
 from fusedopt import _C
 
 pytestmark = [
+    pytest.mark.xdist_group("compiled code"),
     pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 code"),
 ]
@@ -58,8 +59,18 @@ def test_rules_with_a_root_have_it_packed(functions, isa):
     registers, v = ISAS[isa]
     for name, code in loops(functions, isa, "update").items():
         suffix = "d" if ", double>" in name else "s"
-        has_root = not re.search(r"fusedopt::(SGD|Lion)<", name)
+        has_root = not re.search(r"fusedopt::(SGD|Lion|SAM)<", name)
         assert (count(code, f"{v}sqrtp{suffix}", registers) > 0) == has_root, name
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_rules_measure_is_vectorised(functions, isa):
+    registers, v = ISAS[isa]
+    found = loops(functions, isa, "measure")
+    assert len(found) == 2 * sum(num_sums > 0 for *_, num_sums in _C.rules.values())
+    for name, code in found.items():
+        suffix = "d" if ", double>" in name else "s"
+        assert count(code, f"{v}sqrtp{suffix}", registers) > 0 and count(code, f"{v}addpd", registers) > 0, name
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -87,7 +98,7 @@ def test_no_symbol_of_one_instruction_set_can_replace_anothers():
     weak = [
         line
         for line in symbols.splitlines()
-        if re.search(r"^[0-9a-f]+ [WVu] fusedopt::(cpu::x86|SGD|Ada|RMS|NAdam|Lion)", line)
+        if re.search(r"^[0-9a-f]+ [WVu] fusedopt::(cpu::x86|SGD|Ada|RMS|NAdam|Lion|RAdam|LAMB|Stable|SAM)", line)
     ]
     assert "fusedopt::cpu::x86_64_v4" in symbols
     assert not weak

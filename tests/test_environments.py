@@ -142,6 +142,7 @@ def reports(tmp_path_factory):
 @pytest.mark.parametrize(
     "name, expected", [*((f.__name__, said) for f, said in BROKEN.items()), ("wheel", BROKEN[absent])]
 )
+@pytest.mark.xdist_group("crippled copies")
 def test_unusable_extension_is_a_reason_and_a_slower_backend(reports, name, expected):
     """And its results keep the bound of the parity tests: the reporter would have failed."""
     report = reports[name]
@@ -153,6 +154,7 @@ def test_unusable_extension_is_a_reason_and_a_slower_backend(reports, name, expe
     assert f"not cpu: {reason}" in report["doctor"] and "CPU kernels  none" in report["doctor"]
 
 
+@pytest.mark.xdist_group("crippled copies")
 def test_fallback_is_said_once_at_the_users_own_line_and_never_to_who_chose_it(reports):
     chosen, first, second = reports["absent"]["warnings"]
     assert not chosen and not second

@@ -60,9 +60,10 @@ def out_of_range(spec):
         values += [-1e-12] if low == 0 else []
         values += [1.0000001 if includes_high else 1.0] if high == 1 else []
         for value in values:
-            if name in ("beta1", "beta2"):
-                label = "betas[0]" if name == "beta1" else "betas[1]"
-                yield label, {"betas": (value, 0.9) if name == "beta1" else (0.9, value)}, value
+            if name in spec.rule.betas:
+                index, betas = spec.rule.betas.index(name), [0.9] * len(spec.rule.betas)
+                betas[index] = value
+                yield f"betas[{index}]", {"betas": tuple(betas)}, value
             else:
                 yield name, {name: value}, value
 
@@ -125,7 +126,7 @@ BAD_VALUES = {
     "None": {"lr": None},
     "a tensor of two": {"lr": torch.tensor([0.1, 0.2])},
     "one beta": {"betas": (0.9,)},
-    "three betas": {"betas": (0.9, 0.99, 0.999)},
+    "four betas": {"betas": (0.9, 0.99, 0.999, 0.9)},
     "betas as a number": {"betas": 0.9},
     "betas of None": {"betas": (None, 0.9)},
 }

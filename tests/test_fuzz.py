@@ -541,7 +541,7 @@ def options(spec: Spec) -> st.SearchStrategy:
         if state.initial is not None:
             axes[state.initial] = (0.0, 0.5)
     if "betas" in accepted:
-        axes["betas"] = tuple(itertools.product(edges("beta1"), edges("beta2")))
+        axes["betas"] = tuple(itertools.product(*map(edges, spec.rule.betas)))
     defaults = spec.cls([torch.zeros(1)]).defaults
 
     def valid(drawn: dict[str, Any]) -> dict[str, Any]:

@@ -577,8 +577,9 @@ def options_edited_between_steps(spec, make):
     common = set(group) & set(spec.peer(params64()).param_groups[0])  # an older torch has fewer options
     edits = [{"lr": 0.02}, {"maximize": True}, {"maximize": False}]
     for name in spec.rule.hyper:
-        if name in ("beta1", "beta2"):
-            edits.append({"betas": (0.5, 0.7) if name == "beta1" else (0.5, 0.9)})
+        if name in spec.rule.betas:
+            count = spec.rule.betas.index(name) + 1
+            edits.append({"betas": (*(0.5,) * count, *group["betas"][count:])})
         elif name == "nesterov":
             edits.append({"nesterov": True, "dampening": 0})
         elif name in common and (group[name] or name not in adds_state):

@@ -71,6 +71,7 @@ def compiled():
     return json.loads(run.stdout.splitlines()[-1])[f"triton {triton.__version__}"]
 
 
+@pytest.mark.xdist_group("compiled by Triton")
 @pytest.mark.parametrize("target", compile_kernels.TARGETS)
 def test_every_variant_compiles_without_spills_and_with_wide_accesses(target):
     facts = {name: fact for name, fact in compiled().items() if name.startswith(f"{target} ")}
@@ -81,6 +82,7 @@ def test_every_variant_compiles_without_spills_and_with_wide_accesses(target):
         assert fact["wide_stores"] > 0 or "global_norm" in name, name
 
 
+@pytest.mark.xdist_group("compiled by Triton")
 def test_registers_are_those_of_the_committed_table():
     """So that a change is seen; `python -m tests.compile_kernels --write` writes it anew."""
     kept = json.loads(compile_kernels.TABLE.read_text())
