@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ class BenchRule:
     """One update rule as it is timed.
 
     ``bytes_per_param`` is what the mathematics has to move in float32: read parameter, gradient and states, write parameter
-    and states. Clipping reads the gradient once more: 4 bytes.
+    and states; with what it reads before, where it sums over tensors. Clipping reads the gradient once more: 4 bytes. SAM's
+    ascent (``sam_rho``) reads it for its norm, reads parameter and gradient, and writes the parameter and what it was: 20.
     """
 
     name: str
@@ -25,6 +27,7 @@ class BenchRule:
     bytes_per_param: int
     torch_has_fused: bool  # on this device
     kwargs: dict[str, Any] = field(default_factory=dict)
+    sam_rho: float | None = None  # both steps of SAM around it, without the second gradient
 
 
 RULES = {
@@ -38,6 +41,11 @@ RULES = {
         BenchRule("RMSprop", fusedopt.RMSprop, torch.optim.RMSprop, 20, False),
         BenchRule("Adagrad", fusedopt.Adagrad, torch.optim.Adagrad, 20, True),
         BenchRule("SGD", fusedopt.SGD, torch.optim.SGD, 20, True, {"momentum": 0.9}),
+        BenchRule("RAdam", fusedopt.RAdam, torch.optim.RAdam, 28, False),
+        BenchRule("Adan", fusedopt.Adan, None, 44, False),
+        BenchRule("LAMB", fusedopt.LAMB, None, 44, False),
+        BenchRule("StableAdamW", fusedopt.StableAdamW, None, 36, False),
+        BenchRule("SAM(AdamW)", fusedopt.AdamW, torch.optim.AdamW, 48, True, {"weight_decay": 0.1}, sam_rho=0.05),
     )
 }
 
@@ -54,8 +62,16 @@ class Contestant:
 
 def _ours(backend=None):
     def make(rule, params, clip, lr):
-        limit = MAX_NORM if clip else None
-        return rule.ours(params, lr=lr, max_grad_norm=limit, backend=backend, **rule.kwargs).step
+        options = dict(lr=lr, max_grad_norm=MAX_NORM if clip else None, backend=backend, **rule.kwargs)
+        if rule.sam_rho is None:
+            return rule.ours(params, **options).step
+        optimizer = fusedopt.SAM(params, rule.ours, rho=rule.sam_rho, **options)
+
+        def both_steps():
+            optimizer.first_step()
+            optimizer.second_step()
+
+        return both_steps
 
     return make
 
@@ -75,9 +91,24 @@ def _torch(**implementation):
             torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
             optimizer.step()
 
-        return clip_and_step if clip else optimizer.step
+        step = clip_and_step if clip else optimizer.step
+        return step if rule.sam_rho is None else functools.partial(_plain_sam, params, rule.sam_rho, step)
 
     return make
+
+
+@torch.no_grad()
+def _plain_sam(params, rho, step):
+    """SAM as it is usually written: tensor by tensor."""
+    norm = torch.stack([param.grad.norm() for param in params]).norm()
+    ascents = []
+    for param in params:
+        ascent = param.grad * (rho / (norm + 1e-12))
+        param.add_(ascent)
+        ascents.append(ascent)
+    for param, ascent in zip(params, ascents, strict=True):
+        param.sub_(ascent)
+    step()
 
 
 OURS = Contestant("fusedopt", _ours())  # with the backend that "auto" picks, the fastest

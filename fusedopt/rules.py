@@ -282,7 +282,8 @@ RULES = {
             cases=(
                 {"weight_decay": 0.125},
                 {"weight_decay": 0.125, "bias_correction": False, "betas": (0.8, 0.95), "maximize": True},
-                {"weight_decay": 0, "always_adapt": False},
+                {"weight_decay": 0.0},
+                {"weight_decay": 0.0, "always_adapt": False},
             ),
             errors=(({"always_adapt": 2}, "always_adapt must be True or False, got 2"),),
         ),

@@ -52,9 +52,12 @@ def test_tests_that_a_page_names_exist(page):
         assert f"\ndef {name}(" in tests, name
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "fusedopt/optimizers").glob("[a-z]*.py")))
+CLASS_MODULES = [*(f"optimizers.{path.stem}" for path in (ROOT / "fusedopt/optimizers").glob("[a-z]*.py")), "sam"]
+
+
+@pytest.mark.parametrize("module", sorted(CLASS_MODULES))
 def test_docstring_examples_run(module):
-    result = doctest.testmod(importlib.import_module(f"fusedopt.optimizers.{module}"))
+    result = doctest.testmod(importlib.import_module(f"fusedopt.{module}"))
     assert result.failed == 0 and result.attempted >= 5
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from cases import CASES, Oracle, random_grads, random_params
 
+import fusedopt
 from fusedopt import _C, reference
+from fusedopt.backends import BACKENDS
 from fusedopt.rules import RULES
 
 
@@ -109,3 +111,113 @@ def test_every_option_of_the_reference_is_an_option_of_the_class(rule):
         case = next(case for case in CASES if case.optimizer == optimizer)
         group = case.make([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
         assert options <= set(group) | set(rule.own_options)
+
+
+# ---- rules that torch has not, as their papers write them: another form, tensor by tensor -------------------------
+
+
+def paper_lion(lr, betas, weight_decay, **_):
+    """Algorithm 2: the decay is inside the bracket."""
+    momentum = 0.0
+
+    def step(param, grad):
+        nonlocal momentum
+        update = torch.sign(torch.lerp(grad, torch.as_tensor(momentum).to(grad).expand_as(grad), betas[0]))
+        momentum = torch.lerp(grad, torch.as_tensor(momentum).to(grad).expand_as(grad), betas[1])
+        return param - lr * (update + weight_decay * param)
+
+    return step
+
+
+def paper_lamb(lr, betas, eps, weight_decay, **_):
+    """Algorithm 2, with φ the identity."""
+    m, v, t = 0.0, 0.0, 0
+
+    def step(param, grad):
+        nonlocal m, v, t
+        t += 1
+        m, v = m + (1 - betas[0]) * (grad - m), v + (1 - betas[1]) * (grad.square() - v)
+        ratio = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + eps) + weight_decay * param
+        return param - lr * param.norm() / ratio.norm() * ratio
+
+    return step
+
+
+def paper_adan(lr, betas, eps, weight_decay, **_):
+    """Algorithm 1, whose betas are one minus those of the code; the code's bias corrections."""
+    b1, b2, b3 = (1 - beta for beta in betas)
+    m, v, n, t, before = 0.0, 0.0, 0.0, 0, None
+
+    def step(param, grad):
+        nonlocal m, v, n, t, before
+        t += 1
+        before = grad if before is None else before
+        m, v = (1 - b1) * m + b1 * grad, (1 - b2) * v + b2 * (grad - before)
+        n = (1 - b3) * n + b3 * (grad + (1 - b2) * (grad - before)) ** 2
+        before = grad
+        eta = lr / ((n / (1 - (1 - b3) ** t)) ** 0.5 + eps)
+        return (param - eta * (m / (1 - (1 - b1) ** t) + (1 - b2) * v / (1 - (1 - b2) ** t))) / (1 + weight_decay * lr)
+
+    return step
+
+
+def paper_stableadamw(lr, betas, eps, weight_decay, **_):
+    """Algorithm 2: betas that make the moments unbiased as they are."""
+    v, u, t = 0.0, 0.0, 0
+
+    def step(param, grad):
+        nonlocal v, u, t
+        t += 1
+        b1, b2 = (beta * (1 - beta ** (t - 1)) / (1 - beta**t) for beta in betas)
+        v, u = b1 * v + (1 - b1) * grad, b2 * u + (1 - b2) * grad * grad
+        rms = (grad * grad / u.clamp(min=eps * eps)).mean().sqrt()
+        eta = lr / max(1.0, float(rms))
+        return param - eta * weight_decay * param - eta * v / (u.sqrt() + eps)
+
+    return step
+
+
+PAPERS = {"Lion": paper_lion, "LAMB": paper_lamb, "Adan": paper_adan, "StableAdamW": paper_stableadamw}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_rules_that_torch_has_not_are_as_published(name):
+    """Gradients that grow at times, so that StableAdamW clips some of its steps and not others."""
+    case = next(case for case in CASES if case.optimizer == name)
+    params = random_params((1009, 33, 1), torch.float64)
+    optimizer = case.make(params)
+    papers = [PAPERS[name](**optimizer.param_groups[0]) for _ in params]
+    expected = [param.detach().clone() for param in params]
+    for step in range(20):
+        grads = [grad * 10.0 ** (step % 3) for grad in random_grads((1009, 33, 1), torch.float64, step)]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+        expected = [paper(param, grad) for paper, param, grad in zip(papers, expected, grads, strict=True)]
+    for param, paper in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.detach(), paper, rtol=1e-10, atol=1e-12)
+
+
+def test_every_rule_is_compared_with_torch_or_with_its_paper():
+    names = {name: twin for rule in RULES.values() for name, twin in rule.optimizers.items()}
+    assert {name for name, twin in names.items() if twin is None} == {*PAPERS}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "cuda", "triton"])
+@pytest.mark.parametrize("name", ["LAMB", "StableAdamW"])
+def test_rules_that_sum_over_tensors_keep_tensors_apart(name, backend):
+    """To the bit what each tensor does alone, whatever lies before and after it; over several chunks, and without a gradient."""
+    if BACKENDS[backend].unavailable():
+        pytest.skip(f"backend {backend}: {BACKENDS[backend].unavailable()}")
+    sizes = (5, 9000, 0, 4097, 1, 130)
+    together, alone = random_params(sizes, torch.float32), random_params(sizes, torch.float32)
+    cls = getattr(fusedopt, name)
+    optimizers = [cls(together, lr=0.1, backend=backend), *(cls([param], lr=0.1, backend=backend) for param in alone)]
+    for step in range(3):
+        grads = random_grads(sizes, torch.float32, step)
+        for params in (together, alone):
+            for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+                param.grad = None if step == 1 and i % 2 else grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

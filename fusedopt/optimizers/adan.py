@@ -49,7 +49,7 @@ class Adan(FusedOptimizer):
         >>> weight.grad = torch.tensor([1.0, -100.0])
         >>> opt.step()
         >>> weight.data
-        @RESULT@
+        tensor([0.9000, 1.1000])
 
     Reference: Xie et al. 2022, "Adan: adaptive Nesterov momentum algorithm", arXiv:2208.06677.
     """

@@ -50,7 +50,7 @@ class LAMB(FusedOptimizer):
         >>> weight.grad = torch.tensor([1.0, -100.0])
         >>> opt.step()
         >>> weight.data
-        @RESULT@
+        tensor([0.8990, 1.0990])
 
     Reference: You et al. 2020, "Large batch optimization for deep learning: training BERT in 76 minutes", arXiv:1904.00962. The
     ratio is 1 where one of the norms is 0 or not finite.

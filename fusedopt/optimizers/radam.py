@@ -48,7 +48,7 @@ class RAdam(FusedOptimizer):
         >>> weight.grad = torch.tensor([1.0, -100.0])
         >>> opt.step()
         >>> weight.data
-        @RESULT@
+        tensor([ 0.9000, 11.0000])
 
     Reference: Liu et al. 2020, "On the variance of the adaptive learning rate and beyond", arXiv:1908.03265.
     """

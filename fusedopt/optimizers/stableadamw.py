@@ -50,7 +50,7 @@ class StableAdamW(FusedOptimizer):
         >>> weight.grad = torch.tensor([1.0, -100.0])
         >>> opt.step()
         >>> weight.data
-        @RESULT@
+        tensor([0.8990, 1.0990])
 
     Reference: Wortsman et al. 2023, "Stable and low-precision training for large-scale vision-language models",
     arXiv:2304.13013, algorithm 2.
