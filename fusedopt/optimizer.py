@@ -17,6 +17,7 @@ from fusedopt import backends, clip
 from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.plan import PARAM_DTYPES, Plan, compute_dtype, state_dtype
 from fusedopt.rules import Rule, check_options, number
+from fusedopt.sparse import check_mode
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -32,6 +33,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             step (counted in `skipped_steps`), or raise an ``"error"`` that names the parameter.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: the environment's
             FUSEDOPT_BACKEND, else ``"auto"``.
+        sparse: ``"lazy"`` takes sparse gradients that are not exact: rows they do not touch stand still.
     """
 
     rule: ClassVar[Rule]
@@ -46,11 +48,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None,
         nonfinite: str,
         backend: str | None,
+        sparse: str | None = None,
     ):
         if defaults.get("differentiable"):
             raise RuntimeError(f"{type(self).__name__} does not support differentiable=True; use torch.optim for it")
         self._clip = clip.Clip(max_grad_norm, nonfinite)
         self._backend = backend
+        self.sparse = sparse
         resolved = backends.resolve(backend)
         self._plan: Plan | None = None
         self._in_step: dict[int, int] = {}  # process -> the thread that is in a step
@@ -128,9 +132,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan = self._plan
             if plan is not None:
                 plan.owner = owner
-            if plan is None or not plan.refresh(self.param_groups, self.state):
+            is_lazy = self.sparse == "lazy"
+            if plan is None or plan.is_lazy != is_lazy or not plan.refresh(self.param_groups, self.state):
                 self._plan, before = None, plan
-                plan = Plan(owner, self.rule, self.param_groups, self.state)
+                plan = Plan(owner, self.rule, self.param_groups, self.state, is_lazy)
                 plan.make(self.param_groups, self._backend, before)  # apart: an interrupt finds the state it made
                 if not plan.refresh(self.param_groups, self.state):
                     raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
@@ -190,15 +195,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What was asked for at construction; None: the environment's FUSEDOPT_BACKEND, else ``"auto"``."""
         return self._backend
 
+    @property
+    def sparse(self) -> str | None:
+        """``"lazy"``: sparse gradients move only the rows they touch; None: they must do so by themselves. May be changed."""
+        return self._sparse
+
+    @sparse.setter
+    def sparse(self, value: str | None) -> None:
+        if check_mode(value) is not None and not self.rule.takes_sparse:
+            raise ValueError(f"{type(self).__name__} takes no sparse gradients: sparse must be None, got {value!r}")
+        self._sparse = value
+
     # ---- copies and checkpoints --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_clip": self._clip, "_backend": self._backend}
+        return {**super().__getstate__(), "_clip": self._clip, "_backend": self._backend, "_sparse": self._sparse}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
         self.__dict__.setdefault("_in_step", {})
+        self.__dict__.setdefault("_sparse", None)  # a pickle of before there was one
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

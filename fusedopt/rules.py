@@ -56,6 +56,8 @@ class Rule:
     keeps_step: bool = True  # state["step"] exists; without it the count is kept by the plan
     extra: str | None = None  # a second scalar per parameter that starts at 1
     own_options: Mapping[str, Any] = field(default_factory=dict)  # options torch has not, and what their absence means
+    takes_sparse: bool = False  # gradients, with sparse="lazy" at least
+    still_without: tuple[str, ...] | None = None  # options; with all of them 0, an element of gradient 0 stands still
     cases: tuple[Mapping[str, Any], ...] = ()  # constructor arguments for tests: every option at least once
     errors: tuple[tuple[Mapping[str, Any], str], ...] = ()  # constructor arguments that are refused, and what is said
 
@@ -80,6 +82,13 @@ class Rule:
         """Name of the kernel for a group's options: the rule, then the options that add a state."""
         options = sorted({state.option for state in self.states if state.option and self.keeps(group, state)})
         return "_".join([self.name, *options])
+
+    def is_sparse_exact(self, group: Mapping[str, Any]) -> bool:
+        """Whether it comes to the same to update only those elements whose gradient is not 0."""
+        if self.still_without is None:
+            return False
+        values = [(name, self.option(group, name)) for name in self.still_without]
+        return not any(is_elsewhere(value) or number(name, value) != 0 for name, value in values)
 
     def scalars(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """A group's hyperparameters as floats, in ABI order; a tensor that a device has stays what it is."""
@@ -127,6 +136,8 @@ RULES = {
             paper="Sutskever et al. 2013",
             optimizers={"SGD": "SGD"},
             keeps_step=False,
+            takes_sparse=True,
+            still_without=("momentum", "weight_decay"),
             cases=(
                 {},
                 {"momentum": 0.9, "weight_decay": 0.125},
@@ -146,6 +157,8 @@ RULES = {
             paper="Duchi, Hazan, Singer 2011",
             optimizers={"Adagrad": "Adagrad"},
             own_options={"eps_inside_sqrt": False},
+            takes_sparse=True,
+            still_without=("weight_decay",),
             cases=(
                 {"weight_decay": 0.125},
                 {"lr_decay": 0.1, "weight_decay": 0.125, "initial_accumulator_value": 0.5, "maximize": True},
@@ -184,6 +197,7 @@ RULES = {
             paper="Kingma & Ba 2015; Loshchilov & Hutter 2019; Reddi et al. 2018",
             optimizers={"Adam": "Adam", "AdamW": "AdamW"},
             own_options={"bias_correction": True},
+            takes_sparse=True,
             cases=(
                 {"weight_decay": 0.125},
                 {"weight_decay": 0.125, "betas": (0.8, 0.95), "maximize": True},

@@ -18,8 +18,8 @@ WALLS = {
     ),
     "math.h needs the standard library only": ("csrc/rules/math.h", [r"#include (?!<cmath>)", r"\bfor\s*\(", r"\[\w"]),
     "storage and tables know no rule": (
-        "csrc/storage.h csrc/plan.h",
-        [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|cuda", r"#include \"(?!storage\.h|rules/math\.h)"],
+        "csrc/storage.h csrc/plan.h csrc/rows.h",
+        [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|cuda", r"#include \"(?!storage\.h|rows\.h|rules/math\.h)"],
     ),
     "the engine knows no formula and no Python": (
         "csrc/cpu/*",
@@ -39,7 +39,7 @@ WALLS = {
         [r"backends|data_ptr|_C\b", r"from fusedopt\.(?!optimizer\b|rules\b|optimizers\.)"],
     ),
     "plan and backends know no class and no rule by name": (
-        "fusedopt/plan.py fusedopt/backends/*.py",
+        "fusedopt/plan.py fusedopt/sparse.py fusedopt/backends/*.py",
         [r"fusedopt\.optimizers?\b", r"[\"'](sgd|adagrad|rmsprop|adamw?|nadam|lion)[\"']"],
     ),
     "the benchmark times what a user calls": (

@@ -143,7 +143,62 @@ void update_values(const Entry& entry, const void* rule, void* const (&values)[n
                                                   values + Entry::first_state, count);
 }
 
+template <class T>
+void add(void* sum, const void* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) static_cast<T*>(sum)[i] += static_cast<const T*>(values)[i];
+}
+
+// A piece of one row, or of neighbouring ones, of an entry that has rows; at most a tile.
+struct Piece {
+  int64_t row, column, count;  // row: index into the touched ones
+};
+
+// The one that begins with an element of those to be updated.
+Piece piece_at(const Rows& rows, int64_t begin, int64_t end) {
+  const int64_t row = begin / rows.elements, column = begin % rows.elements;
+  return {row, column, std::min({int64_t(tile_elements), rows.elements - column, end - begin})};
+}
+
+// Its gradient in the compute type, in place or in `sum`.
+const void* gradient(const Entry& entry, Compute compute, const Piece& piece, Tile& sum) {
+  const Rows& rows = *entry.rows;
+  const auto values_of = [&](int64_t source, Tile& tile) {
+    const int64_t begin = rows.source[source] * rows.elements + piece.column;
+    return fetch(entry.operands[Entry::grad], entry, compute, begin, piece.count, tile);
+  };
+  const int64_t first = rows.first[piece.row], end = rows.first[piece.row + 1];
+  const void* values = values_of(first, sum);
+  if (end - first == 1) return values;
+  if (values != sum.bytes) std::memcpy(sum.bytes, values, piece.count * itemsize(dtype_of(compute)));
+  Tile tile;
+  for (int64_t source = first + 1; source < end; ++source) {
+    const auto add_values = compute == in_double ? add<double> : add<float>;
+    add_values(sum.bytes, values_of(source, tile), piece.count);
+  }
+  return sum.bytes;
+}
+
+void update_rows(const Entry& entry, const void* rule, int64_t begin, int64_t end) {
+  const Compute compute = compute_of(entry);
+  Tile tiles[num_operands];
+  void* values[num_operands];
+  while (begin < end) {
+    const Piece piece = piece_at(*entry.rows, begin, end);
+    const int64_t position = entry.rows->touched[piece.row] * entry.rows->elements + piece.column;
+    for (int i = 0; i < num_operands; ++i) {
+      values[i] = i == Entry::grad ? const_cast<void*>(gradient(entry, compute, piece, tiles[i]))
+                                   : fetch(entry.operands[i], entry, compute, position, piece.count, tiles[i]);
+    }
+    update_values(entry, rule, values, piece.count);
+    for (int i = 0; i < num_operands; ++i) {
+      if (i != Entry::grad) put_back(entry.operands[i], entry, compute, position, piece.count, tiles[i]);
+    }
+    begin += piece.count;
+  }
+}
+
 void update_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t count) {
+  if (entry.rows) return update_rows(entry, rule, begin, begin + count);
   void* values[num_operands];
   if (entry.is_direct()) {
     for (int i = 0; i < num_operands; ++i) {
@@ -165,11 +220,21 @@ void update_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t c
 }
 
 double sum_of_squares(const Entry& entry, int64_t begin, int64_t count, double scale) {
+  double total = 0;
+  Tile tile;
+  if (entry.rows) {
+    const Compute compute = compute_of(entry);
+    const auto sum = kernels().sum_of_squares[int(dtype_of(compute))];
+    for (const int64_t end = begin + count; begin < end;) {
+      const Piece piece = piece_at(*entry.rows, begin, end);
+      total += sum(gradient(entry, compute, piece, tile), scale, piece.count);
+      begin += piece.count;
+    }
+    return total;
+  }
   const Operand& grad = entry.operands[Entry::grad];
   const auto sum = kernels().sum_of_squares[int(grad.dtype)];
   if (grad.strides == nullptr) return sum(grad.data + begin * itemsize(grad.dtype), scale, count);
-  double total = 0;
-  Tile tile;
   for (int64_t done = 0; done < count; done += tile_elements) {
     const int64_t n = std::min<int64_t>(tile_elements, count - done);
     total += sum(contiguous(grad, entry.shape, begin + done, n, tile), scale, n);

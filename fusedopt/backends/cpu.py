@@ -14,6 +14,7 @@ from fusedopt.rules import Rule
 
 if TYPE_CHECKING:
     from fusedopt.plan import Entry
+    from fusedopt.sparse import Touched
 
 
 def _use_torch() -> bool:
@@ -104,6 +105,32 @@ class Bucket:
     def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
         # Autograd must notice that a tensor it saved has changed.
         written = with_gradient(self._table, self._params)
+        self._table.update(
+            scalars, grad_coefs, torch.get_num_threads(), torch.autograd.graph.increment_version, written
+        )
+
+
+class Rows:
+    """Rows of entries in host memory, updated where they are."""
+
+    def __init__(self, touched: Sequence[Touched]):
+        self._touched = touched  # the table has their addresses
+        self._table = _C.Bucket(True)
+        for part in touched:
+            entry = part.entry
+            rule = _C.rules[entry.variant][0]
+            tensors = part.keys, part.values, entry.states, entry.step, entry.extra
+            self._table.add_rows(entry.param, *tensors, rule, entry.group, entry.is_strided)
+        self._table.finish()
+
+    def grad_norm(self) -> float:
+        return self._table.grad_norm(torch.get_num_threads())
+
+    def first_nonfinite(self) -> int:
+        return self._table.first_nonfinite()
+
+    def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
+        written = [part.entry.param for part in self._touched]
         self._table.update(
             scalars, grad_coefs, torch.get_num_threads(), torch.autograd.graph.increment_version, written
         )

@@ -33,6 +33,9 @@ class Adagrad(FusedOptimizer):
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        sparse: ``"lazy"`` takes sparse gradients (COO) whatever the options: the rule is then applied to the rows they touch
+            alone; the others stand still, with their states and their decay. None: only without weight decay,
+            where that is exact.
 
     State: ``step`` (0-d float32), ``sum`` s (shape of the parameter, float32, or float64 for float64). Made at the first
     step, not, as in torch, at construction.
@@ -72,6 +75,7 @@ class Adagrad(FusedOptimizer):
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
         backend: str | None = None,
+        sparse: str | None = None,
     ):
         defaults = dict(
             lr=lr,
@@ -84,4 +88,6 @@ class Adagrad(FusedOptimizer):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(params, defaults, {"eps_inside_sqrt": eps_inside_sqrt}, max_grad_norm, nonfinite, backend)
+        super().__init__(
+            params, defaults, {"eps_inside_sqrt": eps_inside_sqrt}, max_grad_norm, nonfinite, backend, sparse
+        )
