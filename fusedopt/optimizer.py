@@ -209,7 +209,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- copies and checkpoints --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_clip": self._clip, "_backend": self._backend, "_sparse": self._sparse}
+        return {**super().__getstate__(), "_clip": self._clip, "_sparse": self._sparse, "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

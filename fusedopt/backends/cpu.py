@@ -130,7 +130,5 @@ class Rows:
         return self._table.first_nonfinite()
 
     def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
-        written = [part.entry.param for part in self._touched]
-        self._table.update(
-            scalars, grad_coefs, torch.get_num_threads(), torch.autograd.graph.increment_version, written
-        )
+        written, increment = [part.entry.param for part in self._touched], torch.autograd.graph.increment_version
+        self._table.update(scalars, grad_coefs, torch.get_num_threads(), increment, written)
