@@ -38,6 +38,18 @@ def state_dtype(param: torch.Tensor) -> torch.dtype:
     return param.dtype if param.is_complex() else compute_dtype(param)
 
 
+def new_state(param: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """An uninitialised state of a parameter: where it is, and if of its shape, with its layout."""
+    if shape == param.shape:
+        return torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)
+    return torch.empty(shape, dtype=state_dtype(param), device=param.device)
+
+
+def instead_of(shape: tuple[int, ...], param: torch.Tensor) -> str:
+    """The end of a complaint about a state's shape: the right one, where it is not the parameter's."""
+    return "" if shape == param.shape else f", not {shape}"
+
+
 def grad_dtypes(param: torch.Tensor) -> tuple[torch.dtype, ...]:
     """The gradient dtypes a parameter takes: its own, and those that convert to the type it is computed in."""
     if param.is_complex():
@@ -62,6 +74,7 @@ class Entry:
         False  # param, grad and states do not share one dense layout; or, with is_sparse, are not contiguous
     )
     is_sparse: bool = False  # the gradient is
+    has_kernels: bool = True  # else the reference is asked, whatever the backend
 
     @property
     def is_idle(self) -> bool:
@@ -148,8 +161,15 @@ class Plan:
         if before and not self.rule.keeps_step:
             self._counts = {entry.param: entry.step for bucket in before.buckets for entry in bucket.entries}
         chosen = functools.cache(lambda device: backends.choose(device, backend))
+
+        def backend_of(entry: Entry) -> ModuleType:
+            return chosen(entry.param.device) if entry.has_kernels else backends.reference
+
+        def place(entry: Entry) -> tuple[torch.device, bool]:
+            return entry.param.device, entry.has_kernels
+
         for entry in entries:
-            self._attach_state(entry, param_groups[entry.group], self._state, chosen)
+            self._attach_state(entry, param_groups[entry.group], self._state, backend_of)
         planned = [entry for entry in entries if not entry.is_idle]
         self._check_overlap(planned)
         is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
@@ -157,16 +177,16 @@ class Plan:
         self.norm_device = planned[0].param.device if planned else torch.device("cpu")
         # Idle parameters are only watched, which any bucket can: frozen ones may be where no backend works.
         dense = [entry for entry in planned if not entry.is_sparse]
-        members = {entry.param.device: [] for entry in dense or entries[:1]}
+        members = {place(entry): [] for entry in dense or entries[:1]}
         touched = {}  # those whose gradients are sparse
         for entry in entries:
             if entry.is_sparse:
-                touched.setdefault(entry.param.device, []).append(entry)
+                touched.setdefault(place(entry), []).append(entry)
             else:
-                members.get(entry.param.device, next(iter(members.values()))).append(entry)
+                members.get(place(entry), next(iter(members.values()))).append(entry)
         # These first: copying rows can run out of memory, and then nothing has been written.
-        self.buckets += [sparse.Bucket(self.rule, there, chosen(device)) for device, there in touched.items()]
-        self.buckets += [chosen(device).Bucket(self.rule, there) for device, there in members.items() if there]
+        self.buckets += [sparse.Bucket(self.rule, there, backend_of(there[0])) for there in touched.values()]
+        self.buckets += [backend_of(there[0]).Bucket(self.rule, there) for there in members.values() if there]
         # None: then every bucket is good for one step.
         self._watch = _C.Watch(param_groups, self._state) if _C else None
         # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
@@ -314,6 +334,7 @@ class Plan:
                 seen.add(id(param))
                 variant = self._options[g][2]
                 entry = Entry(param, g, i, name, variant, [None] * len(self.rule.states), None, None)
+                entry.has_kernels = self.rule.has_kernels(group)
                 if param.grad is not None:
                     entry.is_sparse = sparse.is_sparse(param.grad) and self.rule.takes_sparse
                     self._check_param(entry)
@@ -323,6 +344,8 @@ class Plan:
 
     def _check_param(self, entry: Entry) -> None:
         param = entry.param
+        if param.is_complex() and not entry.has_kernels:
+            self._fail(TypeError, entry, "a rule by rows takes no complex parameters")
         if param.dtype not in PARAM_DTYPES:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
             self._fail(TypeError, entry, f"parameters of this dtype are not supported (supported: {supported})")
@@ -357,6 +380,10 @@ class Plan:
             self._fail(TypeError, entry, f"gradient is a {type(grad).__name__}; this tensor subclass is not supported")
         self._check_plain(entry, grad._indices(), "gradient's tensor of indices")
         self._check_plain(entry, grad._values(), "gradient's tensor of values")
+        if not entry.has_kernels and grad.sparse_dim() != 1:
+            self._fail(
+                RuntimeError, entry, f"gradient has {grad.sparse_dim()} sparse dimensions; a rule by rows takes one"
+            )
         if not sparse.has_rows_inside(grad):
             self._fail(RuntimeError, entry, "gradient has indices beyond its shape")
 
@@ -447,7 +474,7 @@ class Plan:
         entry: Entry,
         group: Mapping[str, Any],
         state: dict[torch.Tensor, dict[str, Any]],
-        chosen: Callable[[torch.device], ModuleType],
+        backend_of: Callable[[Entry], ModuleType],
     ) -> None:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
         param, rule = entry.param, self.rule
@@ -463,7 +490,7 @@ class Plan:
             self._check_param(entry)
 
         # Where the backend reads and advances them.
-        device = param.device if chosen(param.device).SCALARS_ON_DEVICE else torch.device("cpu")
+        device = param.device if backend_of(entry).SCALARS_ON_DEVICE else torch.device("cpu")
         is_new = not any(kept and known.get(kept.name) is not None for kept in stored)
         made: dict[str, torch.Tensor] = {}
         scalars = {"step": 0.0} if rule.keeps_step else {}
@@ -489,12 +516,13 @@ class Plan:
                 continue
             value = known.get(kept.name)
             if value is None:
-                value = torch.zeros_like(param, dtype=state_dtype(param), requires_grad=False)
+                value = new_state(param, rule.state_shape(group, kept, param.shape))
+                value.zero_()
                 if kept.initial is not None:
                     initial = float(group[kept.initial])
                     value.fill_(complex(initial, initial) if value.is_complex() else initial)
                 made[kept.name] = value
-            self._check_state(entry, kept.name, value)
+            self._check_state(entry, kept.name, value, rule.state_shape(group, kept, param.shape))
             entry.states[i] = value
         # A rule without a step of its own still has to know its first one.
         own_step = _scalar(0.0 if is_new else 1.0, torch.float32, device)
@@ -519,14 +547,14 @@ class Plan:
             tensors += [param.grad] if param.grad is not None else []
             entry.is_strided = not all(_is_dense(t) and _same_strides(t, param) for t in tensors)
 
-    def _check_state(self, entry: Entry, name: str, value: Any) -> None:
+    def _check_state(self, entry: Entry, name: str, value: Any, shape: tuple[int, ...]) -> None:
         param = entry.param
         what = f"state {name!r}"
         if not isinstance(value, torch.Tensor):
             self._fail(TypeError, entry, f"{what} is a {type(value).__name__}, not a tensor")
         self._check_plain(entry, value, what)
-        if value.shape != param.shape:
-            self._fail(ValueError, entry, f"{what} has shape {tuple(value.shape)}")
+        if value.shape != shape:
+            self._fail(ValueError, entry, f"{what} has shape {tuple(value.shape)}{instead_of(shape, param)}")
         if value.device != param.device:
             self._fail(ValueError, entry, f"{what} is on {value.device}")
         if value.dtype != state_dtype(param):

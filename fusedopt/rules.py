@@ -19,6 +19,7 @@ class State:
     name: str
     option: str | None = None  # the group option that must be on for the state to exist; None: always
     initial: str | None = None  # the group option that holds its first value; None: 0
+    per_row: str | None = None  # the group option under which it has one value a row: shape (rows, 1, …, 1)
 
 
 def number(name: str, value: Any, takes_bool: bool = False) -> float:
@@ -78,10 +79,23 @@ class Rule:
         """The state slots of this rule, None where the group's options leave one out."""
         return tuple(state if self.keeps(group, state) else None for state in self.states)
 
+    def is_rowwise(self, group: Mapping[str, Any], state: State) -> bool:
+        """Whether a group's options want one value a row of a state."""
+        return state.per_row is not None and flag(state.per_row, self.option(group, state.per_row))
+
+    def state_shape(self, group: Mapping[str, Any], state: State, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a state, for a parameter of that shape. A vector's rows are its elements, and a single number is one row."""
+        return (*shape[:1], *(1 for _ in shape[1:])) if self.is_rowwise(group, state) else tuple(shape)
+
+    def has_kernels(self, group: Mapping[str, Any]) -> bool:
+        """Whether every backend can update it; else only the reference can."""
+        return not any(self.is_rowwise(group, state) for state in self.states)
+
     def variant(self, group: Mapping[str, Any]) -> str:
-        """Name of the kernel for a group's options: the rule, then the options that add a state."""
-        options = sorted({state.option for state in self.states if state.option and self.keeps(group, state)})
-        return "_".join([self.name, *options])
+        """Name of the kernel for a group's options: the rule, then the options that add a state or give it another shape."""
+        options = {state.option for state in self.states if state.option and self.keeps(group, state)}
+        options |= {state.per_row for state in self.states if self.is_rowwise(group, state)}
+        return "_".join([self.name, *sorted(options)])
 
     def is_sparse_exact(self, group: Mapping[str, Any]) -> bool:
         """Whether it comes to the same to update only those elements whose gradient is not 0."""
@@ -153,10 +167,10 @@ RULES = {
         Rule(
             name="adagrad",
             hyper=("lr", "lr_decay", "weight_decay", "eps", "eps_inside_sqrt"),
-            states=(State("sum", initial="initial_accumulator_value"),),
+            states=(State("sum", initial="initial_accumulator_value", per_row="rowwise"),),
             paper="Duchi, Hazan, Singer 2011",
             optimizers={"Adagrad": "Adagrad"},
-            own_options={"eps_inside_sqrt": False},
+            own_options={"eps_inside_sqrt": False, "rowwise": False},
             takes_sparse=True,
             still_without=("weight_decay",),
             cases=(
@@ -245,7 +259,7 @@ def check_options(rule: Rule, group: Mapping[str, Any]) -> tuple[Any, ...]:
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not supported; use torch.optim for it")
     flag("maximize", group["maximize"])
-    rule.stored(group)  # the options that ask for a state
+    rule.variant(group)  # the options that ask for a state, or for another shape of one
     scalars = rule.scalars(group)
     for name, value in zip(rule.hyper, scalars, strict=True):
         if name in RANGES and not is_elsewhere(value):

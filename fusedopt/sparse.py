@@ -208,7 +208,8 @@ def _seen(entry: Entry) -> list[tuple]:
 
 def _kind(grad: torch.Tensor) -> tuple:
     """What a gradient must have in common with the one that the plan was made for."""
-    return type(grad), grad.layout, grad.dtype, grad.shape, grad.device
+    num_sparse = grad.sparse_dim() if is_sparse(grad) else None
+    return type(grad), num_sparse, grad.dtype, grad.shape, grad.device
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:

@@ -1012,8 +1012,8 @@ MUTANTS = [
         (
             "state of another shape accepted",
             "fusedopt/plan.py",
-            "value.shape != param.shape",
-            "value.numel() > param.numel()",
+            "if value.shape != shape:",
+            "if value.numel() > param.numel():",
             "test_errors.py::test_step_refuses_by_name_and_changes_nothing"
             "[reference-AdamW-state_of_another_shape-third step-None]",
         ),
@@ -1198,9 +1198,9 @@ MUTANTS = [
         ),
         (
             "loaded states cast to 16 bits",
-            "fusedopt/optimizer.py",
-            "own = torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)",
-            "own = torch.empty_like(param, requires_grad=False)",
+            "fusedopt/plan.py",
+            "return torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)",
+            "return torch.empty_like(param, requires_grad=False)",
             "test_checkpoints.py::test_states_of_narrow_parameters_stay_float32[cpu-AdamW-ours]",
         ),
         (
@@ -1228,7 +1228,7 @@ MUTANTS = [
         (
             "checkpoint's state of another shape accepted",
             "fusedopt/optimizer.py",
-            "if value.shape != param.shape:",
+            "if value.shape != shape:",
             "if value.numel() != param.numel():",
             "test_checkpoints.py::test_checkpoint_that_does_not_fit_is_refused_whole[cpu-AdamW-transposed]",
         ),
@@ -1644,8 +1644,8 @@ MUTANTS = [
         (
             "sparse: a plan for a number of values",
             "fusedopt/sparse.py",
-            "grad.shape, grad.device",
-            "grad.shape, grad._nnz()",
+            "grad.dtype, grad.shape, grad.device",
+            "grad.dtype, grad.shape, grad._nnz()",
             "test_sparse.py::test_plan_is_kept[cpu-SGD]",
         ),
         (
@@ -1675,6 +1675,27 @@ MUTANTS = [
             "check_invariants=False).coalesce()",
             "check_invariants=False)._coalesced_(True)",
             "test_sparse.py::test_what_claims_to_have_no_duplicates_is_not_believed[reference]",
+        ),
+        (
+            "row-wise: the sum of the squares, not their mean",
+            "fusedopt/reference.py",
+            " / max(1, grad[:1].numel())",
+            "",
+            "test_rowwise.py::test_is_the_formula_row_by_row[cpu-dtype0-{}]",
+        ),
+        (
+            "row-wise: a checkpoint of another shape is taken",
+            "fusedopt/optimizer.py",
+            "    if value.shape != shape:\n",
+            "    if value.shape[:1] != shape[:1]:\n",
+            "test_rowwise.py::test_checkpoints[cpu]",
+        ),
+        (
+            "row-wise: a switch of the option is not noticed",
+            "fusedopt/rules.py",
+            "options |= {state.per_row for state in self.states if self.is_rowwise(group, state)}",
+            "options |= set()",
+            "test_rowwise.py::test_sparse_gradients_come_to_the_same_as_dense_ones[cpu]",
         ),
     ]
 ]

@@ -264,9 +264,9 @@ def test_same_bits_for_any_number_of_threads(threads, on_backend):
 
 
 def test_large_row_numbers(on_backend):
-    """Numbers of more than one digit of the sort, up to the last row."""
+    """Numbers of more than one digit of the sort, some with a digit in common, up to the last row."""
     shape = (70_000, 1)
-    rows = [69_999, 2048, 5, 2047, 69_999, 4096, 65_536, 5]
+    rows = [69_999, 5, 2053, 2047, 69_999, 4096, 2053, 65_536, 5]
     check_rows(SPARSE_CASES[-1], table(shape), [sparse_grad(shape, rows)])
 
 
