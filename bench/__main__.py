@@ -1,4 +1,4 @@
-"""``python -m bench cpu|cuda [--quick]``: times every rule against torch.optim, prints a table, writes JSON.
+"""``python -m bench cpu|cuda|sparse [--quick]``: times every rule against torch.optim, prints a table, writes JSON.
 
 ``python -m bench schedules`` draws docs/schedules.svg.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import os
 import sys
@@ -16,7 +17,7 @@ from typing import NoReturn
 import torch
 from rich.progress import track
 
-from bench import report
+from bench import report, sparse
 from bench.peers import PEERS, RULES
 from bench.step import WORKLOADS, CheckFailed, keep_freed_memory, run
 
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("device", choices=sorted(PEERS))
+    parser.add_argument("device", choices=[*sorted(PEERS), "sparse"], help="sparse: tables of embeddings, on the CPU")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no 124M-parameter model")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, metavar="NAME", help=", ".join(WORKLOADS))
     parser.add_argument("--rules", nargs="+", choices=RULES, metavar="NAME", help=", ".join(RULES))
@@ -63,6 +64,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("repeats", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if options.device == "sparse" and (options.workloads or options.rules):
+        parser.error("--workloads and --rules are those of dense gradients")
     options.out = options.out or default_path(
         options.device, whole=not (options.quick or options.workloads or options.rules)
     )
@@ -95,15 +98,22 @@ def main(argv: list[str]) -> int:
         name for name in WORKLOADS if not (options.quick and options.device == "cpu" and name == "gpt2-124m")
     ]
     rounds = options.repeats or (5 if options.quick else 15)
-    rows = plan(workloads, options.rules or list(RULES))
+    if options.device == "sparse":
+        rows = [functools.partial(sparse.run, table, rule, rounds) for table in sparse.TABLES for rule in sparse.RULES]
+    else:
+        peers = list(PEERS[options.device])
+        rows = [
+            functools.partial(run, workload, RULES[rule], clip, peers, rounds, options.device)
+            for workload, rule, clip in plan(workloads, options.rules or list(RULES))
+        ]
     if not rows:
         print(f"bench: nothing to time: rules other than AdamW run on {' and '.join(ALL_RULES)}", file=sys.stderr)
         return 2
     memory_kept = keep_freed_memory()
     results, failed = [], False
-    for workload, rule, clip in track(rows, "benchmark", disable=not sys.stderr.isatty(), transient=True):
+    for row in track(rows, "benchmark", disable=not sys.stderr.isatty(), transient=True):
         try:
-            results.append(run(workload, RULES[rule], clip, list(PEERS[options.device]), rounds, options.device))
+            results.append(row())
         except CheckFailed as error:
             print(f"bench: {error}; not timed", file=sys.stderr)
             failed = True

@@ -115,4 +115,5 @@ OURS = Contestant("fusedopt", _ours())  # with the backend that "auto" picks, th
 OURS_TRITON = Contestant("fusedopt triton", _ours("triton"))
 TORCH_FUSED = Contestant("torch fused", _torch(fused=True))
 TORCH_FOREACH = Contestant("torch foreach", _torch(foreach=True))
+TORCH_SPARSE = "torch sparse"  # the class of torch.optim that takes sparse gradients (sparse.py)
 PEERS = {"cpu": (TORCH_FUSED, TORCH_FOREACH), "cuda": (TORCH_FUSED, TORCH_FOREACH, OURS_TRITON)}

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fusedopt
-from bench.peers import OURS, TORCH_FOREACH, TORCH_FUSED
+from bench.peers import OURS, TORCH_FOREACH, TORCH_FUSED, TORCH_SPARSE
 from bench.step import DISTURBED, LARGE, Result
 
 SCHEMA = 3  # 2: spread, host cost of every contestant, modified, freed_memory_kept; 3: device of each row, gpu
@@ -43,6 +43,8 @@ def targets(result: Result) -> list[tuple[str, float, bool | None]]:
         found.append((f">= {speedup}x {fused}", result.ratio(fused), result.ratio(fused) >= speedup))
     if fused not in result.step_ms and foreach in result.step_ms and result.params >= 1_000_000:
         found.append((f">= 3x {foreach}", result.ratio(foreach), result.ratio(foreach) >= 3))
+    if TORCH_SPARSE in result.step_ms:
+        found.append((f">= 3x {TORCH_SPARSE}", result.ratio(TORCH_SPARSE), result.ratio(TORCH_SPARSE) >= 3))
     if result.params >= LARGE:
         share, wanted = result.bandwidth_share(), SHARE[result.device]
         found.append((f">= {100 * wanted:.0f} % of in-place add", share, share >= wanted))

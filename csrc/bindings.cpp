@@ -344,6 +344,27 @@ class Bucket {
     planned_.push_back(planned);
   }
 
+  // Some rows of a parameter, for one step without refresh(). Row k of `values` is a part of the gradient of the parameter's
+  // row keys[k]; both are contiguous, and the values have a dimension for these rows and the dimensions of one of them.
+  void add_rows(const py::object& param, const py::object& keys, const py::object& values, const py::list& states,
+                const py::object& step, const py::object& extra, int rule, int group, bool is_strided) {
+    add(param, values, states, step, extra, py::none(), rule, group, is_strided);
+    Entry& entry = table_.entries.back();
+    const Layout& layout = *planned_.back().grad_layout;
+    const int64_t num_values = layout.shape.at(0);
+    int64_t elements = 1;
+    for (size_t i = 1; i < layout.shape.size(); ++i) elements *= layout.shape[i];
+    TensorInfo info;
+    if (!describe_values(keys.ptr(), info) || info.ndim != 1 || info.shape[0] != num_values)
+      throw std::invalid_argument("there must be a key for each row of the values");
+    const int64_t* first = reinterpret_cast<const int64_t*>(info.data);
+    const int64_t num_rows = elements > 0 ? entry.numel / elements : 0;
+    entry.rows.emplace(first, elements > 0 ? num_values : 0, num_rows, elements);
+    entry.numel = int64_t(entry.rows->touched.size()) * elements;
+    entry.operands[Entry::grad].strides = nullptr;
+    entry.is_active = true;
+  }
+
   void finish() {
     if (is_host_) table_.make_chunks();
     for (const Planned& planned : planned_) {
@@ -608,6 +629,8 @@ PYBIND11_MODULE(_C, m) {
       .def("add_idle", &Bucket::add_idle, py::arg("param"))
       .def("add", &Bucket::add, py::arg("param"), py::arg("grad"), py::arg("states"), py::arg("step"), py::arg("extra"),
            py::arg("source"), py::arg("rule"), py::arg("group"), py::arg("is_strided"))
+      .def("add_rows", &Bucket::add_rows, py::arg("param"), py::arg("keys"), py::arg("values"), py::arg("states"),
+           py::arg("step"), py::arg("extra"), py::arg("rule"), py::arg("group"), py::arg("is_strided"))
       .def("finish", &Bucket::finish)
       .def("refresh", &Bucket::refresh, py::arg("num_threads"))
       .def("grad_addresses", &Bucket::grad_addresses)

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "rows.h"
 #include "storage.h"
 
 namespace fusedopt {
@@ -29,7 +31,8 @@ struct Entry {
   Operand operands[first_state + max_states];
   Operand source;            // where an update can read the parameter instead, which it still writes; data null: nowhere
   std::vector<int64_t> shape;
-  int64_t numel = 0;
+  std::optional<Rows> rows;  // of a sparse gradient, whose operand is its values
+  int64_t numel = 0;         // to be updated: with rows, of these alone
   int rule = 0;              // index into the rules
   int group = 0;             // index into the hyperparameters of a step
   float* step = nullptr;     // the parameter's step count, advanced by an update

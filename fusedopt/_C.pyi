@@ -37,6 +37,18 @@ class Bucket:
         group: int,
         is_strided: bool,
     ) -> None: ...
+    def add_rows(
+        self,
+        param: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        states: list[torch.Tensor | None],
+        step: torch.Tensor,
+        extra: torch.Tensor | None,
+        rule: int,
+        group: int,
+        is_strided: bool,
+    ) -> None: ...
     def finish(self) -> None: ...
     def refresh(self, num_threads: int) -> bool: ...
     def grad_addresses(self) -> bytes: ...

@@ -15,8 +15,9 @@ import torch
 
 from fusedopt import backends, clip
 from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
-from fusedopt.plan import PARAM_DTYPES, Plan, compute_dtype, state_dtype
+from fusedopt.plan import PARAM_DTYPES, Plan, compute_dtype, instead_of, new_state
 from fusedopt.rules import Rule, check_options, number
+from fusedopt.sparse import check_mode
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -32,6 +33,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             step (counted in `skipped_steps`), or raise an ``"error"`` that names the parameter.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: the environment's
             FUSEDOPT_BACKEND, else ``"auto"``.
+        sparse: ``"lazy"`` takes sparse gradients that are not exact: rows they do not touch stand still.
     """
 
     rule: ClassVar[Rule]
@@ -46,11 +48,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None,
         nonfinite: str,
         backend: str | None,
+        sparse: str | None = None,
     ):
         if defaults.get("differentiable"):
             raise RuntimeError(f"{type(self).__name__} does not support differentiable=True; use torch.optim for it")
         self._clip = clip.Clip(max_grad_norm, nonfinite)
         self._backend = backend
+        self.sparse = sparse
         resolved = backends.resolve(backend)
         self._plan: Plan | None = None
         self._in_step: dict[int, int] = {}  # process -> the thread that is in a step
@@ -143,10 +147,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan = getattr(self, slot)
             if plan is not None:
                 plan.owner = owner
-            if plan is None or not plan.refresh(param_groups, state):
+            is_lazy = self.sparse == "lazy"
+            if plan is None or plan.is_lazy != is_lazy or not plan.refresh(param_groups, state):
                 before = plan
                 setattr(self, slot, None)
-                plan = Plan(owner, rule, param_groups, state)
+                plan = Plan(owner, rule, param_groups, state, is_lazy)
                 plan.make(param_groups, self._backend, before, sources)  # apart: an interrupt finds the state it made
                 if not plan.refresh(param_groups, state):
                     raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
@@ -206,15 +211,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What was asked for at construction; None: the environment's FUSEDOPT_BACKEND, else ``"auto"``."""
         return self._backend
 
+    @property
+    def sparse(self) -> str | None:
+        """``"lazy"``: sparse gradients move only the rows they touch; None: they must do so by themselves. May be changed."""
+        return self._sparse
+
+    @sparse.setter
+    def sparse(self, value: str | None) -> None:
+        if check_mode(value) is not None and not self.rule.takes_sparse:
+            raise ValueError(f"{type(self).__name__} takes no sparse gradients: sparse must be None, got {value!r}")
+        self._sparse = value
+
     # ---- copies and checkpoints --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_clip": self._clip, "_backend": self._backend}
+        return {**super().__getstate__(), "_clip": self._clip, "_sparse": self._sparse, "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
         self.__dict__.setdefault("_in_step", {})
+        self.__dict__.setdefault("_sparse", None)  # a pickle of before there was one
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -241,7 +258,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             param_groups = deepcopy(state_dict["param_groups"])
             pairs = zip(self.param_groups, param_groups, strict=True)
             ids = [
-                (saved_id, param, f"param_groups[{g}]['params'][{i}]")
+                (saved_id, param, f"param_groups[{g}]['params'][{i}]", {**self.defaults, **saved})
                 for g, (group, saved) in enumerate(pairs)
                 for i, (saved_id, param) in enumerate(zip(saved["params"], group["params"], strict=True))
             ]
@@ -256,11 +273,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         state = defaultdict(dict)
         known = {saved_id for saved_id, *_ in ids}
-        for saved_id, param, _ in ids:
+        for saved_id, param, _, group in ids:
             if saved_id in state_dict["state"]:
                 saved = state_dict["state"][saved_id]
                 state[param] = {
-                    name: self._loaded(param, name, value) for name, value in saved.items() if value is not None
+                    name: self._loaded(param, group, name, value) for name, value in saved.items() if value is not None
                 }
         state.update({key: deepcopy(value) for key, value in state_dict["state"].items() if key not in known})
         for group, saved in zip(self.param_groups, param_groups, strict=True):
@@ -296,7 +313,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         scalars = ["step"] * self.rule.keeps_step + [self.rule.extra] * bool(self.rule.extra)
         needed = [*scalars, *(name for name, state in own_states.items() if state.option is None)]
         param_of: dict[Any, torch.Tensor] = {}
-        for saved_id, param, where in ids:
+        for saved_id, param, where, group in ids:
             if param_of.setdefault(saved_id, param) is not param:
                 yield f"{where}: it has the same id, {saved_id!r}, as another parameter"
             saved = saved_state.get(saved_id)
@@ -313,27 +330,30 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if not is_own:
                     yield f"{where}: {type(self).__name__} has no state {name!r}"
                 elif value is not None:
-                    reason = _misfit(value, param) if name in own_states else _no_count(value)
+                    kept = own_states.get(name)
+                    shape = self.rule.state_shape(group, kept, param.shape) if kept else ()
+                    reason = _misfit(value, param, shape) if kept else _no_count(value)
                     if reason:
                         yield f"{where}: state {name!r} {reason}"
 
-    def _loaded(self, param: torch.Tensor, name: str, value: Any) -> Any:
+    def _loaded(self, param: torch.Tensor, group: Mapping[str, Any], name: str, value: Any) -> Any:
         """A copy of one saved value in the form that steps keep it in."""
-        if name in {state.name for state in self.rule.states}:
-            own = torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)
-            return own.copy_(value)
+        for state in self.rule.states:
+            if state.name == name:
+                own = new_state(param, self.rule.state_shape(group, state, param.shape))
+                return own.copy_(value)
         if name == "step" or name == self.rule.extra:
             dtype = torch.float32 if name == "step" else compute_dtype(param)
             return torch.tensor(float(value), dtype=dtype, device="cpu")
         return value.detach().clone() if isinstance(value, torch.Tensor) else deepcopy(value)
 
 
-def _misfit(value: Any, param: torch.Tensor) -> str | None:
+def _misfit(value: Any, param: torch.Tensor, shape: tuple[int, ...]) -> str | None:
     """Why a saved value cannot become a state of that parameter."""
     if not isinstance(value, torch.Tensor):
         return f"is a {type(value).__name__}, not a tensor"
-    if value.shape != param.shape:
-        return f"has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}"
+    if value.shape != shape:
+        return f"has shape {tuple(value.shape)}{instead_of(shape, param)}, the parameter {tuple(param.shape)}"
     if value.layout != torch.strided or value.is_meta:
         return "is on the meta device, it has no values" if value.is_meta else f"has layout {value.layout}"
     is_number = value.is_floating_point() or value.is_complex()

@@ -6,6 +6,7 @@ plan still holds (`Plan.refresh`): the same objects, at the same addresses, with
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from bisect import bisect_right
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 
-from fusedopt import backends
+from fusedopt import backends, sparse
 from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.extension import _C
+from fusedopt.interrupts import uninterrupted
 from fusedopt.rules import Rule, check_options, flag, is_elsewhere, number
 
 MAX_DIMS = 64  # of torch's reductions and of the C++ table
@@ -34,6 +36,18 @@ def compute_dtype(param: torch.Tensor) -> torch.dtype:
 def state_dtype(param: torch.Tensor) -> torch.dtype:
     """What a parameter's states are kept in: the dtype it is computed in, or the complex one made of two of these."""
     return param.dtype if param.is_complex() else compute_dtype(param)
+
+
+def new_state(param: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """An uninitialised state of a parameter: where it is, and if of its shape, with its layout."""
+    if shape == param.shape:
+        return torch.empty_like(param, dtype=state_dtype(param), requires_grad=False)
+    return torch.empty(shape, dtype=state_dtype(param), device=param.device)
+
+
+def instead_of(shape: tuple[int, ...], param: torch.Tensor) -> str:
+    """The end of a complaint about a state's shape: the right one, where it is not the parameter's."""
+    return "" if shape == param.shape else f", not {shape}"
 
 
 def grad_dtypes(param: torch.Tensor) -> tuple[torch.dtype, ...]:
@@ -57,7 +71,9 @@ class Entry:
     step: torch.Tensor | None  # 0-d float32
     extra: torch.Tensor | None  # 0-d
     source: torch.Tensor | None = None  # the parameter's values, where an update may read them instead
-    is_strided: bool = False  # param, grad and states do not share one dense layout
+    is_strided: bool = False  # param, grad and states share no dense layout; or, with is_sparse, are not contiguous
+    is_sparse: bool = False  # the gradient is
+    has_kernels: bool = True  # else the reference is asked, whatever the backend
 
     @property
     def is_idle(self) -> bool:
@@ -72,6 +88,10 @@ class Entry:
     @property
     def compute_dtype(self) -> torch.dtype:
         return compute_dtype(self.param)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return state_dtype(self.param)
 
     def __str__(self) -> str:
         return name_param(self.group, self.index, self.name, self.param)
@@ -96,6 +116,9 @@ class _Span:
 class Plan:
     """All parameters of an optimizer, in buckets of one device and backend, once it is made.
 
+    Args:
+        is_lazy: whether rows that a sparse gradient does not touch may stand still though the rule would move them.
+
     Raises:
         ValueError, TypeError: naming the group whose options are wrong.
     """
@@ -106,9 +129,11 @@ class Plan:
         rule: Rule,
         param_groups: list[dict[str, Any]],
         state: dict[torch.Tensor, dict[str, Any]],
+        is_lazy: bool,
     ):
         self.owner = owner
         self.rule = rule
+        self.is_lazy = is_lazy
         self._state = state
         self._options = [None] * len(param_groups)
         self._seen: list[tuple[list, list] | None] = [None] * len(param_groups)  # the groups that _options is of
@@ -144,20 +169,33 @@ class Plan:
         if before and not self.rule.keeps_step:
             self._counts = {entry.param: entry.step for bucket in before.buckets for entry in bucket.entries}
         chosen = functools.cache(lambda device: backends.choose(device, backend))
+
+        def backend_of(entry: Entry) -> ModuleType:
+            return chosen(entry.param.device) if entry.has_kernels else backends.reference
+
+        def place(entry: Entry) -> tuple[torch.device, bool]:
+            return entry.param.device, entry.has_kernels
+
         for entry in entries:
             entry.source = sources.get(entry.param)
-            self._attach_state(entry, param_groups[entry.group], self._state, chosen)
+            self._attach_state(entry, param_groups[entry.group], self._state, backend_of)
         planned = [entry for entry in entries if not entry.is_idle]
         self._check_overlap(planned)
         is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
         self.norm_dtype = torch.float64 if is_double else torch.float32
         self.norm_device = planned[0].param.device if planned else torch.device("cpu")
         # Idle parameters are only watched, which any bucket can: frozen ones may be where no backend works.
-        members = {entry.param.device: [] for entry in planned or entries[:1]}
+        dense = [entry for entry in planned if not entry.is_sparse]
+        members = {place(entry): [] for entry in dense or entries[:1]}
+        touched = {}  # those whose gradients are sparse
         for entry in entries:
-            members.get(entry.param.device, next(iter(members.values()))).append(entry)
-        for device, of_device in members.items():
-            self.buckets.append(chosen(device).Bucket(self.rule, of_device))
+            if entry.is_sparse:
+                touched.setdefault(place(entry), []).append(entry)
+            else:
+                members.get(place(entry), next(iter(members.values()))).append(entry)
+        # These first: copying rows can run out of memory, and then nothing has been written.
+        self.buckets += [sparse.Bucket(self.rule, there, backend_of(there[0])) for there in touched.values()]
+        self.buckets += [backend_of(there[0]).Bucket(self.rule, there) for there in members.values() if there]
         # None: then every bucket is good for one step.
         self._watch = _C.Watch(param_groups, self._state) if _C else None
         # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
@@ -186,6 +224,10 @@ class Plan:
 
     def _may_be_captured(self, param_groups: list[dict[str, Any]]) -> bool:
         """True; or an error, if a CUDA graph is being captured that would not do in a replay what it does now."""
+        if any(isinstance(bucket, sparse.Bucket) and bucket.is_capturing for bucket in self.buckets):
+            raise RuntimeError(
+                f"{self.owner}: a CUDA graph is being captured, which cannot hold sparse gradients; {UNCHANGED}"
+            )
         if any(bucket.is_asynchronous and bucket.is_capturing for bucket in self.buckets):
             for index, group in enumerate(param_groups):
                 if not group.get("capturable", True):  # some classes have no such option, as in torch
@@ -196,7 +238,8 @@ class Plan:
         return True
 
     def _read_options(self, param_groups: list[dict[str, Any]]) -> bool:
-        """Takes over the groups' hyperparameters, validated where they changed. False: they select other kernels."""
+        """Takes over the groups' hyperparameters, validated where they changed. False: they select other kernels, or other
+        gradients may be sparse."""
         if all(map(_is_as_seen, param_groups, self._seen)):
             return True
         is_same_kernel = True
@@ -206,7 +249,8 @@ class Plan:
                 kind = type(group).__name__
                 raise TypeError(f"{self.owner}: param_groups[{index}] is a {kind}, not a dict; {UNCHANGED}")
             try:
-                options = (self.rule.scalars(group), flag("maximize", group["maximize"]), self.rule.variant(group))
+                variant, is_exact = self.rule.variant(group), self.rule.is_sparse_exact(group)
+                options = (self.rule.scalars(group), flag("maximize", group["maximize"]), variant, is_exact)
                 if _are_same(options, known[index]) and not group.get("differentiable"):
                     continue
                 check_options(self.rule, group)
@@ -214,7 +258,7 @@ class Plan:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{self.owner}: param_groups[{index}]: {reason}; {UNCHANGED}") from None
-            is_same_kernel &= known[index] is None or known[index][2] == options[2]
+            is_same_kernel &= known[index] is None or known[index][2:] == options[2:]
             known[index] = options
         self._options = known
         self._seen = [_seen(group) for group in param_groups]
@@ -258,8 +302,9 @@ class Plan:
             on_device: what the device multiplies with as well; for the bucket of `asynchronous` alone.
         """
         grad_coefs = [sign * coef for sign in self.signs]
-        for bucket in self.buckets:
-            bucket.update(self.scalars, grad_coefs, self.reads_sources, **on_device)
+        with uninterrupted() if len(self.buckets) > 1 else contextlib.nullcontext():
+            for bucket in self.buckets:
+                bucket.update(self.scalars, grad_coefs, self.reads_sources, **on_device)
         self.has_updated = True
 
     @property
@@ -285,8 +330,8 @@ class Plan:
         return bool(unused)
 
     def _is_used(self, entry: Entry, step: float) -> bool:
-        """Whether an update has advanced an entry beyond that step count; without waiting for a device."""
-        if entry.step.is_cpu:
+        """Whether an update has advanced an entry beyond that step count; without waiting for a device, if no one has."""
+        if entry.step.is_cpu or entry.is_sparse:
             return float(entry.step) != step
         device = entry.param.device
         return any(bucket.has_launched for bucket in self.buckets if bucket.is_asynchronous and bucket.device == device)
@@ -314,7 +359,9 @@ class Plan:
                 seen.add(id(param))
                 variant = self._options[g][2]
                 entry = Entry(param, g, i, name, variant, [None] * len(self.rule.states), None, None)
+                entry.has_kernels = self.rule.has_kernels(group)
                 if param.grad is not None:
+                    entry.is_sparse = sparse.is_sparse(param.grad) and self.rule.takes_sparse
                     self._check_param(entry)
                     self._check_grad(entry, param.grad)
                 entries.append(entry)
@@ -322,6 +369,8 @@ class Plan:
 
     def _check_param(self, entry: Entry) -> None:
         param = entry.param
+        if param.is_complex() and not entry.has_kernels:
+            self._fail(TypeError, entry, "a rule by rows takes no complex parameters")
         if param.dtype not in PARAM_DTYPES:
             supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
             self._fail(TypeError, entry, f"parameters of this dtype are not supported (supported: {supported})")
@@ -330,8 +379,11 @@ class Plan:
             self._fail(RuntimeError, entry, f"several of its elements share one address, strides {param.stride()}")
 
     def _check_grad(self, entry: Entry, grad: torch.Tensor) -> None:
-        self._check_plain(entry, grad, "gradient")
         param = entry.param
+        if entry.is_sparse:
+            self._check_sparse(entry, grad)
+        else:
+            self._check_plain(entry, grad, "gradient")
         if grad.shape != param.shape:
             self._fail(RuntimeError, entry, f"gradient has shape {tuple(grad.shape)}")
         if grad.device != param.device:
@@ -341,6 +393,24 @@ class Plan:
             self._fail(
                 RuntimeError, entry, f"gradient is {short_dtype(grad)} (supported for this parameter: {allowed})"
             )
+
+    def _check_sparse(self, entry: Entry, grad: torch.Tensor) -> None:
+        """A sparse gradient that this group takes, of sound parts, and no subclass that dispatches itself."""
+        if not self.is_lazy and not self._options[entry.group][3]:
+            options = self.rule.still_without
+            unless = f" unless {' = '.join(options)} = 0" if options else ""
+            reason = f"gradient is sparse, but the rule also moves rows that it leaves out{unless}"
+            self._fail(RuntimeError, entry, f"{reason}; sparse='lazy' lets them stand still, else make gradients dense")
+        if type(grad).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            self._fail(TypeError, entry, f"gradient is a {type(grad).__name__}; this tensor subclass is not supported")
+        self._check_plain(entry, grad._indices(), "gradient's tensor of indices")
+        self._check_plain(entry, grad._values(), "gradient's tensor of values")
+        if not entry.has_kernels and grad.sparse_dim() != 1:
+            self._fail(
+                RuntimeError, entry, f"gradient has {grad.sparse_dim()} sparse dimensions; a rule by rows takes one"
+            )
+        if not sparse.has_rows_inside(grad):
+            self._fail(RuntimeError, entry, "gradient has indices beyond its shape")
 
     def _check_plain(self, entry: Entry, tensor: torch.Tensor, what: str) -> None:
         """A strided tensor with memory of its own; not sparse, nested, meta, nor a subclass that dispatches itself."""
@@ -388,7 +458,8 @@ class Plan:
         starts = [(cluster[0].device, cluster[0].begin) for cluster in clusters]
         for entry in entries:
             grad = entry.param.grad
-            if grad is None or grad.numel() == 0 or _is_same_memory(grad, entry.param):
+            # Values of a sparse gradient that lie in a parameter are copied.
+            if grad is None or entry.is_sparse or grad.numel() == 0 or _is_same_memory(grad, entry.param):
                 continue
             span = _Span(entry, grad, "gradient")
             first = max(bisect_right(starts, (span.device, span.begin)) - 1, 0)
@@ -428,7 +499,7 @@ class Plan:
         entry: Entry,
         group: Mapping[str, Any],
         state: dict[torch.Tensor, dict[str, Any]],
-        chosen: Callable[[torch.device], ModuleType],
+        backend_of: Callable[[Entry], ModuleType],
     ) -> None:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
         param, rule = entry.param, self.rule
@@ -444,7 +515,7 @@ class Plan:
             self._check_param(entry)
 
         # Where the backend reads and advances them.
-        device = param.device if chosen(param.device).SCALARS_ON_DEVICE else torch.device("cpu")
+        device = param.device if backend_of(entry).SCALARS_ON_DEVICE else torch.device("cpu")
         is_new = not any(kept and known.get(kept.name) is not None for kept in stored)
         made: dict[str, torch.Tensor] = {}
         scalars = {"step": 0.0} if rule.keeps_step else {}
@@ -470,12 +541,13 @@ class Plan:
                 continue
             value = known.get(kept.name)
             if value is None:
-                value = torch.zeros_like(param, dtype=state_dtype(param), requires_grad=False)
+                value = new_state(param, rule.state_shape(group, kept, param.shape))
+                value.zero_()
                 if kept.initial is not None:
                     initial = float(group[kept.initial])
                     value.fill_(complex(initial, initial) if value.is_complex() else initial)
                 made[kept.name] = value
-            self._check_state(entry, kept.name, value)
+            self._check_state(entry, kept.name, value, rule.state_shape(group, kept, param.shape))
             entry.states[i] = value
         # A rule without a step of its own still has to know its first one.
         own_step = _scalar(0.0 if is_new else 1.0, torch.float32, device)
@@ -493,21 +565,21 @@ class Plan:
             known = state.setdefault(param, {})
             known.update(made)
         entry.extra = known[rule.extra] if rule.extra else None
-        tensors = [
-            param,
-            *([param.grad] if param.grad is not None else []),
-            *(s for s in (*entry.states, entry.source) if s is not None),
-        ]
-        entry.is_strided = not all(_is_dense(t) and _same_strides(t, param) for t in tensors)
+        tensors = [param, *(s for s in (*entry.states, entry.source) if s is not None)]
+        if entry.is_sparse:
+            entry.is_strided = not all(t.is_contiguous() for t in tensors)
+        else:
+            tensors += [param.grad] if param.grad is not None else []
+            entry.is_strided = not all(_is_dense(t) and _same_strides(t, param) for t in tensors)
 
-    def _check_state(self, entry: Entry, name: str, value: Any) -> None:
+    def _check_state(self, entry: Entry, name: str, value: Any, shape: tuple[int, ...]) -> None:
         param = entry.param
         what = f"state {name!r}"
         if not isinstance(value, torch.Tensor):
             self._fail(TypeError, entry, f"{what} is a {type(value).__name__}, not a tensor")
         self._check_plain(entry, value, what)
-        if value.shape != param.shape:
-            self._fail(ValueError, entry, f"{what} has shape {tuple(value.shape)}")
+        if value.shape != shape:
+            self._fail(ValueError, entry, f"{what} has shape {tuple(value.shape)}{instead_of(shape, param)}")
         if value.device != param.device:
             self._fail(ValueError, entry, f"{what} is on {value.device}")
         if value.dtype != state_dtype(param):

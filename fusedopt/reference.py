@@ -46,13 +46,20 @@ def sgd(param, grad, state, step, *, lr, momentum, dampening, weight_decay, nest
     return param - lr * grad
 
 
-def adagrad(param, grad, state, step, *, lr, lr_decay, weight_decay, eps, eps_inside_sqrt=False, maximize=False):
+def adagrad(
+    param, grad, state, step, *, lr, lr_decay, weight_decay, eps, eps_inside_sqrt=False, rowwise=False, maximize=False
+):
     r"""s ← s + g²;  θ ← θ − η/(1 + (t−1) η_decay) · g / (√s + ε), or g / √(s + ε) with ``eps_inside_sqrt``.
 
     Duchi, Hazan, Singer 2011, JMLR 12. s ``sum`` starts at ``initial_accumulator_value``.
+    ``rowwise``: one s for all elements of a row (an index of the first dimension), s ← s + mean(g²) over the row, as
+    FBGEMM's and TorchRec's "exact row-wise AdaGrad" (Mudigere et al. 2022, arXiv:2104.05158).
     """
     grad = _with_l2(param, -grad if maximize else grad, weight_decay)
-    state["sum"] = state["sum"] + grad * grad
+    square = grad * grad
+    if rowwise and grad.dim() > 1:
+        square = square.sum(dim=tuple(range(1, grad.dim())), keepdim=True) / max(1, grad[:1].numel())
+    state["sum"] = state["sum"] + square
     return param - lr / (1 + (step - 1) * lr_decay) * grad / _denominator(state["sum"], eps, eps_inside_sqrt)
 
 

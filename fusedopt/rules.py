@@ -20,6 +20,7 @@ class State:
     name: str
     option: str | None = None  # the group option that must be on for the state to exist; None: always
     initial: str | None = None  # the group option that holds its first value; None: 0
+    per_row: str | None = None  # the group option under which it has one value a row: shape (rows, 1, …, 1)
 
 
 def number(name: str, value: Any, takes_bool: bool = False) -> float:
@@ -70,6 +71,8 @@ class Rule:
     norm_weight: str | None = None  # the option under which gradients are taken times their parameters for the norm
     extra: str | None = None  # a second scalar per parameter that starts at 1
     own_options: Mapping[str, Any] = field(default_factory=dict)  # options torch has not, and what their absence means
+    takes_sparse: bool = False  # gradients, with sparse="lazy" at least
+    still_without: tuple[str, ...] | None = None  # options; with all of them 0, an element of gradient 0 stands still
     cases: tuple[Mapping[str, Any], ...] = ()  # constructor arguments for tests: every option at least once
     errors: tuple[tuple[Mapping[str, Any], str], ...] = ()  # constructor arguments that are refused, and what is said
 
@@ -95,10 +98,30 @@ class Rule:
         """The state slots of this rule, None where the group's options leave one out."""
         return tuple(state if self.keeps(group, state) else None for state in self.states)
 
+    def is_rowwise(self, group: Mapping[str, Any], state: State) -> bool:
+        """Whether a group's options want one value a row of a state."""
+        return state.per_row is not None and flag(state.per_row, self.option(group, state.per_row))
+
+    def state_shape(self, group: Mapping[str, Any], state: State, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a state, for a parameter of that shape. A vector's rows are its elements, and a single number is one row."""
+        return (*shape[:1], *(1 for _ in shape[1:])) if self.is_rowwise(group, state) else tuple(shape)
+
+    def has_kernels(self, group: Mapping[str, Any]) -> bool:
+        """Whether every backend can update it; else only the reference can."""
+        return not any(self.is_rowwise(group, state) for state in self.states)
+
     def variant(self, group: Mapping[str, Any]) -> str:
-        """Name of the kernel for a group's options: the rule, then the options that add a state."""
-        options = sorted({state.option for state in self.states if state.option and self.keeps(group, state)})
-        return "_".join([self.name, *options])
+        """Name of the kernel for a group's options: the rule, then the options that add a state or give it another shape."""
+        options = {state.option for state in self.states if state.option and self.keeps(group, state)}
+        options |= {state.per_row for state in self.states if self.is_rowwise(group, state)}
+        return "_".join([self.name, *sorted(options)])
+
+    def is_sparse_exact(self, group: Mapping[str, Any]) -> bool:
+        """Whether it comes to the same to update only those elements whose gradient is not 0."""
+        if self.still_without is None:
+            return False
+        values = [(name, self.option(group, name)) for name in self.still_without]
+        return not any(is_elsewhere(value) or number(name, value) != 0 for name, value in values)
 
     def scalars(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """A group's hyperparameters as floats, in ABI order; a tensor that a device has stays what it is."""
@@ -149,6 +172,8 @@ RULES = {
             paper="Sutskever et al. 2013",
             optimizers={"SGD": "SGD"},
             keeps_step=False,
+            takes_sparse=True,
+            still_without=("momentum", "weight_decay"),
             cases=(
                 {},
                 {"momentum": 0.9, "weight_decay": 0.125},
@@ -164,10 +189,12 @@ RULES = {
         Rule(
             name="adagrad",
             hyper=("lr", "lr_decay", "weight_decay", "eps", "eps_inside_sqrt"),
-            states=(State("sum", initial="initial_accumulator_value"),),
+            states=(State("sum", initial="initial_accumulator_value", per_row="rowwise"),),
             paper="Duchi, Hazan, Singer 2011",
             optimizers={"Adagrad": "Adagrad"},
-            own_options={"eps_inside_sqrt": False},
+            own_options={"eps_inside_sqrt": False, "rowwise": False},
+            takes_sparse=True,
+            still_without=("weight_decay",),
             cases=(
                 {"weight_decay": 0.125},
                 {"lr_decay": 0.1, "weight_decay": 0.125, "initial_accumulator_value": 0.5, "maximize": True},
@@ -206,6 +233,7 @@ RULES = {
             paper="Kingma & Ba 2015; Loshchilov & Hutter 2019; Reddi et al. 2018",
             optimizers={"Adam": "Adam", "AdamW": "AdamW"},
             own_options={"bias_correction": True},
+            takes_sparse=True,
             cases=(
                 {"weight_decay": 0.125},
                 {"weight_decay": 0.125, "betas": (0.8, 0.95), "maximize": True},
@@ -315,7 +343,7 @@ def check_options(rule: Rule, group: Mapping[str, Any]) -> tuple[Any, ...]:
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not supported; use torch.optim for it")
     flag("maximize", group["maximize"])
-    rule.stored(group)  # the options that ask for a state
+    rule.variant(group)  # the options that ask for a state, or for another shape of one
     scalars = rule.scalars(group)
     for name, value in zip(rule.hyper, scalars, strict=True):
         if name in RANGES and not is_elsewhere(value):

@@ -31,8 +31,8 @@ ALIKE = ("sm_80", "sm_100")  # usually two dtypes of these, as the compiler does
 def variants(targets, is_all=False):
     """(target, kernel, stores, parameter, gradient) of every compilation.
 
-    A kernel is called as in kernels/engine.py, after a rule's name where it is one of a rule; an update by the rule's name alone,
-    and "from source" where it reads parameters elsewhere.
+    A kernel is called as in kernels/engine.py, after a rule's name where it is one of a rule; an update by the rule's name
+    alone, and "from source" where it reads parameters elsewhere.
     """
     from fusedopt.rules import RULES
 

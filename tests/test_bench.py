@@ -10,6 +10,7 @@ import torch
 
 import fusedopt
 from bench import __main__ as bench_main
+from bench import sparse as bench_sparse
 from bench import step
 from bench.peers import PEERS, RULES, TORCH_FUSED, Contestant
 
@@ -70,6 +71,27 @@ def test_json_holds_every_figure_of_every_row(tmp_path):
             assert row["spread"][name] >= 0 and row["us_per_tensor"][name] > 0
     assert rows["AdamW", True]["bytes_per_param"] == rows["AdamW", False]["bytes_per_param"] + 4
     assert rows["AdamW", True]["targets"]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_sparse_tables_are_checked_and_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_sparse, "TABLES", {"tiny": (5000, 3), "tinier": (50, 3)})
+    out = tmp_path / "sparse.json"
+    assert bench("sparse", "--repeats", 2, "--out", out) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert [(row["workload"], row["rule"]) for row in rows] == [
+        (f"sparse, {table}", rule) for table in ("tiny", "tinier") for rule in ("SGD", "Adagrad", "Adam")
+    ]
+    for row in rows:
+        assert set(row["step_ms"]) == {"fusedopt", "torch sparse"} and 0 <= row["check"]["torch sparse"] <= 1
+        assert [target["what"] for target in row["targets"]] == [">= 3x torch sparse"]
+
+
+def test_wrong_sparse_contestant_is_not_timed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench_sparse, "TABLES", {"tiny": (50, 3)})
+    monkeypatch.setitem(bench_sparse.RULES, "Adam", (fusedopt.SGD, torch.optim.SparseAdam, 32))
+    assert bench("sparse", "--repeats", 1, "--out", tmp_path / "sparse.json") == 1
+    assert "tiny, Adam: torch sparse differs from ours" in capsys.readouterr().err
 
 
 def test_share_of_bandwidth_is_measured_on_large_workloads(tmp_path, monkeypatch):
@@ -150,6 +172,7 @@ def test_wrong_contestant_costs_its_rows_and_status_1(monkeypatch, capsys, tmp_p
         (["cpu", "--rules", "Adamax"], "Adamax"),
         (["cpu", "--workloads", "huge"], "huge"),
         (["tpu"], "tpu"),
+        (["sparse", "--rules", "SGD"], "--workloads and --rules"),
         (["cpu", "--repeats", "0"], "--repeats must be at least 1"),
         (["cpu", "--out", "no/such/folder/cpu.json"], "no/such/folder"),
         (["cpu", "--workloads", "1000x64", "--rules", "SGD"], "10x1m"),

@@ -720,10 +720,10 @@ def test_bad_argument_of_clip_grad_norm_is_refused(name):
 def test_refused_clip_over_several_optimizers_clips_none():
     """The second has a gradient that cannot be used: the first must not keep a pending clip."""
     params, others = make_params(SHAPES), make_params(SHAPES)
-    first, second = fusedopt.SGD(params, lr=0.1), fusedopt.SGD(others, lr=0.1)
+    first, second = fusedopt.SGD(params, lr=0.1), fusedopt.RMSprop(others, lr=0.1)
     set_grads(params, 0)
     others[0].grad = torch.randn(13, 7).to_sparse()
-    message = r"^SGD.clip_grad_norm_: param_groups\[0\]\['params'\]\[0\].*layout sparse_coo.*; nothing was updated"
+    message = r"^RMSprop.clip_grad_norm_: param_groups\[0\]\['params'\]\[0\].*layout sparse_coo.*; nothing was updated"
     with pytest.raises(RuntimeError, match=message):
         fusedopt.clip_grad_norm_([first, second], 0.001)
     plain_params = make_params(SHAPES)

@@ -489,7 +489,7 @@ HEAD = r"param_groups\[1\]\['params'\]\[0\] \('head.weight'\), "
 REFUSED = {
     sparse_gradient: (
         RuntimeError,
-        HEAD + r"shape \(5, 3, 3\), float32 on cpu: gradient has layout sparse_coo; only dense",
+        HEAD + r"shape \(5, 3, 3\), float32 on cpu: gradient (is sparse, but|has layout sparse_coo; only dense)",
     ),
     gradient_of_another_shape: (
         RuntimeError,
@@ -1086,6 +1086,26 @@ def adamw(**options):
     return lambda: fusedopt.AdamW(make_params(SHAPES), **options)
 
 
+def momentum_sgd(params):
+    return fusedopt.SGD(params, momentum=0.9)
+
+
+def sparse_row(row):
+    """The gradient of one row of the head's weight."""
+    return torch.sparse_coo_tensor(torch.tensor([[row]]), torch.ones(1, 3, 3), (5, 3, 3), check_invariants=False)
+
+
+def other_class(name, make, grad):
+    """An optimizer of another class, which steps the last parameter alone."""
+
+    def case(optimizer, param):
+        other = make([("head.weight", param)])
+        param.grad = grad(param)
+        return other.step
+
+    bad_input(name)(case)
+
+
 def second_thread(optimizer, param):
     def step():
         with optimizer._planned("step"):
@@ -1167,6 +1187,10 @@ other_gradient("a float8 gradient", lambda param: torch.ones(param.shape).to(tor
 other_gradient("a quantized gradient", lambda param: quantized(param.shape))
 other_gradient("a float64 gradient of a float32 parameter", lambda param: torch.ones(param.shape).double())
 other_gradient("a sparse gradient", lambda param: torch.ones(param.shape).to_sparse())
+other_class("a sparse gradient, for a class that never takes one", fusedopt.RMSprop, lambda param: sparse_row(1))
+other_class("a sparse gradient, with momentum", momentum_sgd, lambda param: sparse_row(1))
+other_class("a sparse gradient with a row that is not there", fusedopt.SGD, lambda param: sparse_row(5))
+constructed("unknown `sparse`", adamw(sparse="eager"))
 damaged("a gradient of another shape", gradient_of_another_shape)
 damaged("a gradient over its own parameter, shifted", lambda o, param: shifted_gradient(param))
 damaged("state that is no dict", lambda o, param: o.state.__setitem__(param, [1]), is_readable=False)

@@ -206,7 +206,7 @@ def test_every_rule_is_compared_with_torch_or_with_its_paper():
 @pytest.mark.parametrize("backend", ["cpu", "reference", "cuda", "triton"])
 @pytest.mark.parametrize("name", ["LAMB", "StableAdamW"])
 def test_rules_that_sum_over_tensors_keep_tensors_apart(name, backend):
-    """To the bit what each tensor does alone, whatever lies before and after it; over several chunks, and without a gradient."""
+    """To the bit what each tensor does alone, whatever lies before and after it; over several chunks."""
     if BACKENDS[backend].unavailable():
         pytest.skip(f"backend {backend}: {BACKENDS[backend].unavailable()}")
     sizes = (5, 9000, 0, 4097, 1, 130)

@@ -18,8 +18,8 @@ WALLS = {
     ),
     "math.h needs the standard library only": ("csrc/rules/math.h", [r"#include (?!<cmath>)", r"\bfor\s*\(", r"\[\w"]),
     "storage and tables know no rule": (
-        "csrc/storage.h csrc/plan.h",
-        [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|cuda", r"#include \"(?!storage\.h|rules/math\.h)"],
+        "csrc/storage.h csrc/plan.h csrc/rows.h",
+        [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|cuda", r"#include \"(?!storage\.h|rows\.h|rules/math\.h)"],
     ),
     "the engine knows no formula and no Python": (
         "csrc/cpu/*",
@@ -44,7 +44,7 @@ WALLS = {
     ),
     "which parameters decay is no matter of the optimizer": ("fusedopt/param_groups.py", [r"fusedopt|optim\b"]),
     "plan and backends know no class and no rule by name": (
-        "fusedopt/plan.py fusedopt/backends/*.py",
+        "fusedopt/plan.py fusedopt/sparse.py fusedopt/backends/*.py",
         [r"fusedopt\.optimizers?\b", r"[\"'](sgd|adagrad|rmsprop|adamw?|nadam|lion)[\"']"],
     ),
     "the benchmark times what a user calls": (

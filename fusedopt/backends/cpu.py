@@ -14,6 +14,7 @@ from fusedopt.rules import Rule
 
 if TYPE_CHECKING:
     from fusedopt.plan import Entry
+    from fusedopt.sparse import Touched
 
 
 def _use_torch() -> bool:
@@ -110,3 +111,28 @@ class Bucket:
         self._table.update(
             scalars, grad_coefs, from_source, torch.get_num_threads(), torch.autograd.graph.increment_version, written
         )
+
+
+class Rows:
+    """Rows of entries in host memory, updated where they are."""
+
+    def __init__(self, touched: Sequence[Touched]):
+        self._touched = touched  # the table has their addresses
+        self._table = _C.Bucket(True)
+        for part in touched:
+            entry = part.entry
+            rule = _C.rules[entry.variant][0]
+            tensors = part.keys, part.values, entry.states, entry.step, entry.extra
+            self._table.add_rows(entry.param, *tensors, rule, entry.group, entry.is_strided)
+        self._table.finish()
+
+    def grad_norm(self) -> float:
+        is_weighted = [False] * (1 + max((part.entry.group for part in self._touched), default=0))
+        return self._table.grad_norm(is_weighted, torch.get_num_threads())
+
+    def first_nonfinite(self) -> int:
+        return self._table.first_nonfinite()
+
+    def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
+        written, increment = [part.entry.param for part in self._touched], torch.autograd.graph.increment_version
+        self._table.update(scalars, grad_coefs, False, torch.get_num_threads(), increment, written)

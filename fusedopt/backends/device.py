@@ -7,9 +7,7 @@ apart (`Bucket.key`). The tables are described in kernels/engine.py.
 from __future__ import annotations
 
 import contextlib
-import signal
 import struct
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ import torch
 from fusedopt.backends.cpu import table_of, with_gradient
 from fusedopt.backends.reference import as_real, first_nonfinite
 from fusedopt.extension import _C
+from fusedopt.interrupts import uninterrupted
 from fusedopt.rules import Rule
 
 if TYPE_CHECKING:
@@ -314,7 +313,7 @@ class Bucket(ABC):
                 written = [param for param in self._params if param.grad is not None]
             # One launch is made or not made; what is more than one thing to do, no Ctrl-C may divide.
             is_one = len(launches) == 1 and not launches[0][0].has_copies
-            with _NOTHING if is_one else _uninterrupted():
+            with _NOTHING if is_one else uninterrupted():
                 had_launched, num_done = self.has_launched, 0
                 self.has_launched = is_written = True  # already now: an interrupt may come right after the launch
                 try:
@@ -443,23 +442,6 @@ class _Table:
             if slot == GRAD:
                 grads[index] = copy.data_ptr()
         self.arguments["grads"] = upload(grads)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of it: a step of several launches is done or not done."""
-    known = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or known is None:
-        yield
-        return
-    came = []
-    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, known)
-    if came:
-        signal.raise_signal(signal.SIGINT)
 
 
 def _current_stream(device: torch.device) -> int:

@@ -90,7 +90,7 @@ class Bucket:
         """Every tensor that the update of one parameter writes, with its new value."""
         param, states = as_real(entry.param), zip(self._rule.states, entry.states, strict=True)
         written = {state.name: as_real(tensor) for state, tensor in states if tensor is not None}
-        keywords = self._keywords(scalars, written)
+        keywords = self._keywords(scalars, written, param.shape)
         if entry.extra is not None:
             written[self._rule.extra] = entry.extra
         step, dtype = entry.step + 1, entry.compute_dtype
@@ -102,8 +102,8 @@ class Bucket:
             new_state[self._rule.extra] = torch.tensor(new_state[self._rule.extra], dtype=torch.float64)
         return [(entry.step, step), (param, new_param), *((written[name], new_state[name]) for name in written)]
 
-    def _keywords(self, scalars: Sequence[float], tensors: dict[str, torch.Tensor]) -> dict:
-        """The reference function's options: the scalars, and whether each optional state is there."""
+    def _keywords(self, scalars: Sequence[float], tensors: dict[str, torch.Tensor], shape: torch.Size) -> dict:
+        """The reference function's options: the scalars, whether each optional state is there, and if it is one of rows."""
         keywords = dict(zip(self._rule.hyper, scalars, strict=True))
         betas = tuple(keywords.pop(name) for name in BETAS if name in keywords)
         if betas:
@@ -111,4 +111,6 @@ class Bucket:
         for state in self._rule.states:
             if state.option is not None and state.option not in keywords:
                 keywords[state.option] = state.name in tensors
+            if state.per_row is not None:
+                keywords[state.per_row] = tensors[state.name].shape != shape
         return keywords

@@ -28,14 +28,20 @@ class Adagrad(FusedOptimizer):
         initial_accumulator_value: first value of s, >= 0.
         eps: ε, >= 0.
         eps_inside_sqrt: √(s + ε) instead of √s + ε.
+        rowwise: one s for all elements of a row, an index of the first dimension: s ← s + mean(g²) over the row. For large
+            tables of embeddings, whose state it makes as small as one column. A vector's rows are its elements. No backend
+            but ``"reference"`` has it, which is used whatever was asked for; complex parameters are refused.
         maximize: ascend instead of descend.
         foreach, fused: accepted and ignored: they choose among torch's implementations.
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        sparse: ``"lazy"`` takes sparse gradients (COO) whatever the options: the rule is then applied to the rows they touch
+            alone; the others stand still, with their states and their decay. None: only without weight decay,
+            where that is exact.
 
-    State: ``step`` (0-d float32), ``sum`` s (shape of the parameter, float32, or float64 for float64). Made at the first
-    step, not, as in torch, at construction.
+    State: ``step`` (0-d float32), ``sum`` s (shape of the parameter, with ``rowwise`` (rows, 1, …, 1); float32, or float64
+    for float64). Made at the first step, not, as in torch, at construction.
 
     Raises:
         ValueError: an option out of its range. TypeError: a parameter of a dtype that is not supported.
@@ -50,7 +56,7 @@ class Adagrad(FusedOptimizer):
         tensor([0.9000, 0.9000])
 
     Reference: Duchi, Hazan, Singer 2011, "Adaptive subgradient methods for online learning and stochastic optimization",
-    JMLR 12.
+    JMLR 12. Row-wise: Mudigere et al. 2022, arXiv:2104.05158, FBGEMM's "exact row-wise AdaGrad".
     """
 
     rule = RULES["adagrad"]
@@ -69,9 +75,11 @@ class Adagrad(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         eps_inside_sqrt: bool = False,
+        rowwise: bool = False,
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
         backend: str | None = None,
+        sparse: str | None = None,
     ):
         defaults = dict(
             lr=lr,
@@ -84,4 +92,5 @@ class Adagrad(FusedOptimizer):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(params, defaults, {"eps_inside_sqrt": eps_inside_sqrt}, max_grad_norm, nonfinite, backend)
+        own_options = {"eps_inside_sqrt": eps_inside_sqrt, "rowwise": rowwise}
+        super().__init__(params, defaults, own_options, max_grad_norm, nonfinite, backend, sparse)

@@ -35,6 +35,9 @@ class Adam(FusedOptimizer):
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        sparse: ``"lazy"`` takes sparse gradients (COO): the rule is then applied to the rows they touch alone; the others
+            stand still, with their moments and their decay. As torch.optim.SparseAdam, whose eps is added before the bias
+            correction of v, here after it. None: they are refused.
 
     State: ``step`` (0-d float32), ``exp_avg`` m, ``exp_avg_sq`` v, with amsgrad ``max_exp_avg_sq`` (shape of the
     parameter, float32, or float64 for float64).
@@ -76,6 +79,7 @@ class Adam(FusedOptimizer):
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
         backend: str | None = None,
+        sparse: str | None = None,
     ):
         defaults = dict(
             lr=lr,
@@ -90,7 +94,9 @@ class Adam(FusedOptimizer):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        super().__init__(params, defaults, {"bias_correction": bias_correction}, max_grad_norm, nonfinite, backend)
+        super().__init__(
+            params, defaults, {"bias_correction": bias_correction}, max_grad_norm, nonfinite, backend, sparse
+        )
 
 
 class AdamW(Adam):
@@ -136,6 +142,7 @@ class AdamW(Adam):
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
         backend: str | None = None,
+        sparse: str | None = None,
     ):
         super().__init__(
             params,
@@ -154,6 +161,7 @@ class AdamW(Adam):
             max_grad_norm=max_grad_norm,
             nonfinite=nonfinite,
             backend=backend,
+            sparse=sparse,
         )
 
     def __setstate__(self, state: dict) -> None:

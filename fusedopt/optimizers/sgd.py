@@ -34,6 +34,9 @@ class SGD(FusedOptimizer):
         max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
+        sparse: ``"lazy"`` takes sparse gradients (COO) whatever the options: the rule is then applied to the rows they touch
+            alone; the others stand still, with their states and their decay. None: only without momentum and weight decay,
+            where that is exact.
 
     State: ``momentum_buffer`` (shape of the parameter, float32, or float64 for float64), with momentum only.
 
@@ -71,6 +74,7 @@ class SGD(FusedOptimizer):
         max_grad_norm: float | None = None,
         nonfinite: str = "propagate",
         backend: str | None = None,
+        sparse: str | None = None,
     ):
         defaults = dict(
             lr=lr,
@@ -83,4 +87,4 @@ class SGD(FusedOptimizer):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(params, defaults, {}, max_grad_norm, nonfinite, backend)
+        super().__init__(params, defaults, {}, max_grad_norm, nonfinite, backend, sparse)
