@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fusedopt.errors import UNCHANGED
+from fusedopt.interrupts import uninterrupted
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import AdamW
 from fusedopt.plan import Plan
@@ -167,8 +168,8 @@ class SAM(FusedOptimizer):
                 f"{type(self).__name__}.step: first_step() was called before; second_step() or restore() ends it; {UNCHANGED}"
             )
         loss = self._called(closure)
-        self.first_step()
         try:
+            self.first_step()
             if not self._is_skipping:
                 self._called(closure)
             self._step_back()
@@ -216,15 +217,11 @@ class SAM(FusedOptimizer):
                 else:
                     where = plan.first_nonfinite() or "the gradient norm is NaN or infinite"
                     raise RuntimeError(f"{plan.owner}: {where}: gradient holds NaN or infinity; {UNCHANGED}")
-            self._is_skipping = coef is None
-            # Already now: an interrupt may come right after the update, and restoring too much does no harm.
-            self._ascended = [] if coef is None else active
-            if coef is not None:
-                try:
+            with uninterrupted():  # what has ascended must be known to have
+                if coef is not None:
                     plan.update(coef, **on_device)
-                except Exception:
-                    self._ascended = None  # an error leaves all as it was
-                    raise
+                self._ascended = active if coef is not None else []
+                self._is_skipping = coef is None
         if zero_grad:
             self.zero_grad()
 
@@ -268,11 +265,12 @@ class SAM(FusedOptimizer):
                 self.restore()
             plan.reads_sources, plan.has_updated = reads_sources, False
             try:
-                self._clip.step(plan, grad_scale, found_inf)
+                with uninterrupted():  # what is where it belongs must not be brought back again
+                    self._clip.step(plan, grad_scale, found_inf)
+                    if plan.has_updated:
+                        self._ascended = None
             finally:
                 plan.reads_sources = False
-                if plan.has_updated:
-                    self._ascended = None
         self.restore()
 
     def _planned(self, caller: str) -> Any:

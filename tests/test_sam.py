@@ -1,8 +1,11 @@
 """SAM and ASAM: against per-tensor loops around torch.optim, the ascent itself, weights that come back to the bit."""
 
 import copy
+import importlib.util
 import pickle
+import signal
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,6 +309,35 @@ def test_a_second_closure_that_fails_leaves_the_weights_where_they_were(on_backe
     optimizer.step(closure_of(optimizer, params, 1))
 
 
+@pytest.mark.parametrize("when", [1, 2], ids=["in the ascent", "in the step"])
+def test_interrupt_divides_no_step(when, monkeypatch):
+    """Ctrl-C while memory is written: the step is done, or nothing is."""
+    params = make_params()
+    others = clone_params(params)
+    optimizer, other = (fusedopt.SAM(each, rho=0.5, lr=0.1) for each in (params, others))
+    optimizer.step(closure_of(optimizer, params, 0))
+    other.step(closure_of(other, others, 0))
+    calls, increment = [], torch.autograd.graph.increment_version
+
+    def interrupted(tensors):
+        calls.append(1)
+        if len(calls) == when:
+            signal.raise_signal(signal.SIGINT)
+        increment(tensors)
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure_of(optimizer, params, 1))
+    if when == 2:
+        other.step(closure_of(other, others, 1))
+    assert_same_bits(params, others)
+    for param, twin in zip(params, others, strict=True):
+        assert_same_bits(optimizer.state[param].values(), other.state[twin].values())
+    for each, of_each in ((optimizer, params), (other, others)):
+        each.step(closure_of(each, of_each, 2))
+    assert_same_bits(params, others)
+
+
 def test_parameters_with_only_one_of_the_two_gradients(on_backend):
     """One that ascended comes back and is not stepped; one that did not is stepped from where it is."""
     params = make_params()
@@ -472,3 +504,21 @@ def test_random_lives_are_those_of_a_plain_loop(data):
             ours.step(lambda closure=closure: closure(ours, params))
             theirs.step(lambda closure=closure: closure(twin, others))
     assert_close(params, others, 1e-6 if base == "NAdam" else 1e-10)
+
+
+def test_example_runs(monkeypatch, capsys):
+    """Both optimizers learn; the numbers of so short a run say no more."""
+    pytest.importorskip("sklearn")
+    path = Path(__file__).parents[1] / "examples" / "sam.py"
+    spec = importlib.util.spec_from_file_location("sam_example", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr("sys.argv", ["sam.py", "--gradients", "300", "--seeds", "1"])
+    threads = torch.get_num_threads()
+    try:
+        example.main()
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    accuracies = [float(word.rstrip("%")) for word in printed.split() if word.endswith("%")]
+    assert "SAM(SGD)" in printed and len(accuracies) == 2 and min(accuracies) > 40  # by chance: 10
