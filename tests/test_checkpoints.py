@@ -575,7 +575,8 @@ CLASSES = sorted({case.optimizer for case in CASES} - {"AdamW"})
 
 
 def states_of(name):
-    return [{state.name for state in spec.rule.states} | {spec.rule.extra} for spec in SPECS if spec.name == name]
+    rule = next(spec.rule for spec in SPECS if spec.name == name)
+    return {state.name for state in rule.states if state.option is None} | {rule.extra}
 
 
 # Those that keep the same take over from each other, as in torch: AdamW's moments are a start for LAMB.
