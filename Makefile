@@ -54,8 +54,8 @@ mutants: $(VENV)/built
 # A build apart; python itself is not sanitized, so the runtimes must be there before it (libstdc++ for their view of throw).
 sanitize: build/sanitize-address/built build/sanitize-thread/built
 	$(call sanitized,address,asan ubsan) tests/test_clip.py tests/test_errors.py tests/test_checkpoints.py \
-		tests/test_torch_contract.py tests/test_threads.py tests/test_parity.py -k "$(ADDRESS_TESTS)" $(ARGS)
-	$(call sanitized,thread,tsan) tests/test_threads.py tests/test_torch_contract.py -k "$(THREAD_TESTS)" $(ARGS)
+		tests/test_torch_contract.py tests/test_threads.py tests/test_parity.py tests/test_sparse.py -k "$(ADDRESS_TESTS)" $(ARGS)
+	$(call sanitized,thread,tsan) tests/test_threads.py tests/test_torch_contract.py tests/test_sparse.py -k "$(THREAD_TESTS)" $(ARGS)
 
 # Not: those whose tensors are large; torch's and the reference backend's part; memory that grows, as freed memory is kept.
 ADDRESS_TESTS := not triton and not engine_is_the_reference and not reference_backend and not equal_torch and not planted and not memory_does_not

@@ -170,11 +170,11 @@ class Plan:
             self._counts = {entry.param: entry.step for bucket in before.buckets for entry in bucket.entries}
         chosen = functools.cache(lambda device: backends.choose(device, backend))
 
-        def backend_of(entry: Entry) -> ModuleType:
-            return chosen(entry.param.device) if entry.has_kernels else backends.reference
+        def place(entry: Entry) -> tuple[torch.device, bool, bool]:
+            return entry.param.device, entry.has_kernels, entry.is_sparse
 
-        def place(entry: Entry) -> tuple[torch.device, bool]:
-            return entry.param.device, entry.has_kernels
+        def backend_of(device: torch.device, has_kernels: bool) -> ModuleType:
+            return chosen(device) if has_kernels else backends.reference
 
         for entry in entries:
             entry.source = sources.get(entry.param)
@@ -185,17 +185,17 @@ class Plan:
         self.norm_dtype = torch.float64 if is_double else torch.float32
         self.norm_device = planned[0].param.device if planned else torch.device("cpu")
         # Idle parameters are only watched, which any bucket can: frozen ones may be where no backend works.
-        dense = [entry for entry in planned if not entry.is_sparse]
-        members = {place(entry): [] for entry in dense or entries[:1]}
-        touched = {}  # those whose gradients are sparse
+        members = {place(entry): [] for entry in planned or entries[:1]}
+        others = members[min(members, key=lambda where: where[-1])] if members else []  # dense ones, if there are any
         for entry in entries:
-            if entry.is_sparse:
-                touched.setdefault(place(entry), []).append(entry)
+            members.get(place(entry), others).append(entry)
+        # Sparse ones first: copying rows can run out of memory, and then nothing has been written.
+        for (device, has_kernels, is_sparse), there in sorted(members.items(), key=lambda item: not item[0][-1]):
+            chosen_backend = backend_of(device, has_kernels)
+            if is_sparse:
+                self.buckets.append(sparse.Bucket(self.rule, there, chosen_backend))
             else:
-                members.get(place(entry), next(iter(members.values()))).append(entry)
-        # These first: copying rows can run out of memory, and then nothing has been written.
-        self.buckets += [sparse.Bucket(self.rule, there, backend_of(there[0])) for there in touched.values()]
-        self.buckets += [backend_of(there[0]).Bucket(self.rule, there) for there in members.values() if there]
+                self.buckets.append(chosen_backend.Bucket(self.rule, there))
         # None: then every bucket is good for one step.
         self._watch = _C.Watch(param_groups, self._state) if _C else None
         # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
@@ -499,7 +499,7 @@ class Plan:
         entry: Entry,
         group: Mapping[str, Any],
         state: dict[torch.Tensor, dict[str, Any]],
-        backend_of: Callable[[Entry], ModuleType],
+        backend_of: Callable[[torch.device, bool], ModuleType],
     ) -> None:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
         param, rule = entry.param, self.rule
@@ -515,7 +515,8 @@ class Plan:
             self._check_param(entry)
 
         # Where the backend reads and advances them.
-        device = param.device if backend_of(entry).SCALARS_ON_DEVICE else torch.device("cpu")
+        is_on_device = backend_of(param.device, entry.has_kernels).SCALARS_ON_DEVICE
+        device = param.device if is_on_device else torch.device("cpu")
         is_new = not any(kept and known.get(kept.name) is not None for kept in stored)
         made: dict[str, torch.Tensor] = {}
         scalars = {"step": 0.0} if rule.keeps_step else {}

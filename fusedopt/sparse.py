@@ -90,12 +90,12 @@ class Bucket:
 
     def __init__(self, rule: Rule, entries: Sequence[Entry], backend: ModuleType):
         self.entries = list(entries)
-        self.device = self.entries[0].param.device
+        planned = [entry for entry in self.entries if not entry.is_idle]
+        self.device = planned[0].param.device  # idle parameters, which are only watched, may be elsewhere
         self._rule = rule
         self._backend = backend
-        self._seen = [_seen(entry) for entry in self.entries]
-        self._kinds = [_kind(entry.param.grad) for entry in self.entries]
-        self._written = {tensor.untyped_storage().data_ptr() for entry in self.entries for tensor in _tensors(entry)}
+        self._seen = [None if entry.is_idle else (_seen(entry), _kind(entry.param.grad)) for entry in self.entries]
+        self._written = {tensor.untyped_storage().data_ptr() for entry in planned for tensor in _tensors(entry)}
         self._rows: Any = None
         self._active: list[int] = []  # positions in entries, of those that have a gradient
         self._is_used = False  # nothing watches without the extension: then good for one step
@@ -109,13 +109,15 @@ class Bucket:
         if self._is_used:
             return False
         touched, self._active = [], []
-        for position, entry in enumerate(self.entries):
+        for position, (entry, seen) in enumerate(zip(self.entries, self._seen, strict=True)):
             grad = entry.param.grad
-            if _seen(entry) != self._seen[position] or (entry.step.is_cpu and not float(entry.step) >= 0):
+            if seen is None and grad is None:
+                continue
+            if seen is None or _seen(entry) != seen[0] or (entry.step.is_cpu and not float(entry.step) >= 0):
                 return False
             if grad is None:
                 continue
-            if _kind(grad) != self._kinds[position]:
+            if _kind(grad) != seen[1]:
                 return False
             if not _is_readable(grad._values()) or not _is_readable(grad._indices()) or not has_rows_inside(grad):
                 return False

@@ -112,7 +112,8 @@ def test_refused_by_name(on_backend):
         nothing_changes(opt),
     ):
         opt.step()
-    table.grad = torch.ones(9, 37)
+    table.grad = torch.ones(9, 37).to_sparse(1)
+    opt.step()
     opt.step()
     opt.param_groups[0]["rowwise"] = False
     with pytest.raises(ValueError, match=r"\('table'\).*state 'sum' has shape \(9, 1\)"), nothing_changes(opt):

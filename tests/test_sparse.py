@@ -325,6 +325,17 @@ def test_gradient_may_be_dense_in_one_step_and_sparse_in_the_next(on_backend):
     assert float(opt.state[param]["step"]) == 8
 
 
+def test_frozen_parameter_of_any_kind_beside_it(on_backend):
+    """No backend works on the meta device."""
+    frozen, param = torch.nn.Parameter(torch.empty(3, device="meta")), table()
+    opt = fusedopt.SGD([frozen, param], lr=0.1)
+    for step in range(2):
+        param.grad = sparse_grad(SHAPE, ROWS, seed=step)
+        before = param.detach().clone()
+        opt.step()
+        assert not torch.equal(param.detach()[2], before[2])
+
+
 @only_on("cpu", "the reference plans every step")
 @pytest.mark.parametrize("name", EXACT)
 def test_plan_is_kept(name, monkeypatch, on_backend):

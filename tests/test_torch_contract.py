@@ -67,8 +67,11 @@ def test_constructor_is_torchs_plus_keywords(spec):
 @every_class
 def test_own_arguments_are_the_same_everywhere(spec):
     parameters = inspect.signature(spec.cls).parameters
-    assert tuple(parameters)[-3:] == OURS
-    assert [parameters[name].default for name in OURS] == [None, "propagate", None]
+    expected = dict(zip(OURS, (None, "propagate", None), strict=True))
+    if spec.rule.takes_sparse:
+        expected["sparse"] = None
+    own = list(parameters.values())[-len(expected) :]
+    assert [(parameter.name, parameter.default) for parameter in own] == [*expected.items()]
     for name, default in spec.rule.own_options.items():
         assert parameters[name].kind is KEYWORD_ONLY
         assert parameters[name].default == default

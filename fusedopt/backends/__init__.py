@@ -9,6 +9,9 @@ memory.
 per group; it writes only when nothing can fail any more) and `release()`. One that `is_asynchronous` can leave clipping and
 skipping to the device, so that nobody waits for it: `measure()`, more arguments of `update()`, `has_launched`, `is_capturing`
 (see device.py).
+
+A backend that can update single rows where they are has `Rows(touched)` too: made for one step, with what sparse gradients touch
+(fusedopt/sparse.py), it offers `grad_norm`, `first_nonfinite` (an index into ``touched``) and `update` as a bucket does.
 """
 
 from __future__ import annotations
