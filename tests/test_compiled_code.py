@@ -85,6 +85,14 @@ def test_codecs_and_norm_are_vectorised(functions, isa):
         assert count(code, f"{v}mulpd", "[xyz]mm") >= 8 and count(code, f"{v}addpd", "[xyz]mm") >= 4, name
 
 
+def test_memory_is_asked_for_before_it_is_needed(functions):
+    """GCC drops the calls of a function that only prefetches, and says nothing."""
+    refresh = [code for name, code in functions.items() if "Bucket::refresh(" in name]
+    rows = [code for name, code in functions.items() if "with_values<" in name]
+    for found in (refresh, rows):
+        assert any("prefetch" in code for code in found)
+
+
 def test_nothing_is_fused_into_multiply_add(functions):
     """Every instruction set rounds after the product: the same bits on every CPU."""
     for isa in ISAS:

@@ -5,13 +5,14 @@ there; without a device, on this machine. SCALARS_ON_DEVICE: whether it keeps st
 memory.
 
 `Bucket(rule, entries)` takes the entries of one device and offers `entries`, `refresh() -> bool` (False: it no longer fits),
-`grad_norm() -> float`, `first_nonfinite() -> int` (an index into `entries`, or -1), `update(scalars, grad_coefs)` (one of each
-per group; it writes only when nothing can fail any more) and `release()`. One that `is_asynchronous` can leave clipping and
+`grad_norm(is_weighted) -> float`, `first_nonfinite() -> int` (an index into `entries`, or -1), `update(scalars, grad_coefs,
+from_source)` and `release()`. The first two of `update`, and `is_weighted`, have one value per group (see plan.py); it writes only
+when nothing can fail any more. One that `is_asynchronous` can leave clipping and
 skipping to the device, so that nobody waits for it: `measure()`, more arguments of `update()`, `has_launched`, `is_capturing`
 (see device.py).
 
-A backend that can update single rows where they are has `Rows(touched)` too: made for one step, with what sparse gradients touch
-(fusedopt/sparse.py), it offers `grad_norm`, `first_nonfinite` (an index into ``touched``) and `update` as a bucket does.
+A backend that can update single rows where they are has `Rows(touched)` too: made for one step, with what sparse gradients
+touch (fusedopt/sparse.py), it offers `grad_norm`, `first_nonfinite` (an index into ``touched``) and `update` as a bucket does.
 """
 
 from __future__ import annotations
