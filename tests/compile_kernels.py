@@ -22,13 +22,11 @@ from pathlib import Path
 TABLE = Path(__file__).with_name("compiled_kernels.json")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MORE_TARGETS = ("sm_86", "sm_89", "sm_120", "gfx90a", "gfx1100")
-# Of a parameter and its gradient. Where they differ, one target stands for all, and usually two of the pairs.
+# Of a parameter and its gradient.
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
-USUAL = (("fp32", "bf16"), ("bf16", "fp32"))
-ALIKE = ("sm_80", "sm_100")  # usually two dtypes of these, as the compiler does the same for sm_90
 
 
-def variants(targets, is_all=False):
+def variants(targets):
     """(target, kernel, stores, parameter, gradient) of every compilation.
 
     A kernel is called as in kernels/engine.py, after a rule's name where it is one of a rule; an update by the rule's name
@@ -37,23 +35,33 @@ def variants(targets, is_all=False):
     from fusedopt.rules import RULES
 
     for target, param, grad in itertools.product(targets, DTYPES, DTYPES):
-        if grad == "fp64" != param or (target in ALIKE and not is_all and not {param, grad} <= {"fp32", "bf16"}):
+        if grad == "fp64" != param or (param != grad and target != "sm_90"):
             continue
         if param == grad:
             yield target, "global_norm", (), param, grad
             yield target, "weighted global_norm", (), param, grad
-        elif target != "sm_90" or not (is_all or (param, grad) in USUAL):
-            continue
         for rule in RULES.values():
             choices = [(True,) if state.option is None else (False, True) for state in rule.states]
             for stores in itertools.product(*choices):
                 yield target, rule.name, stores, param, grad
-                if target == "sm_90" and rule.optimizers and param == grad in ("fp32", "bf16"):
+                if target == "sm_90" and rule.optimizers and param == grad:
                     yield target, f"{rule.name} from source", stores, param, grad
                 if rule.num_sums and param == grad:
                     yield target, f"{rule.name} measure", stores, param, grad
     for target in targets:
         yield target, "add_up", (), "fp32", "fp32"
+
+
+def usual_variants():
+    """Those that `make test` compiles, as each takes a second: every rule for each target in float32, for one target in
+    bfloat16 and float64 too; the rest for Adam and the norms.
+    """
+    for variant in variants(TARGETS):
+        target, kernel, _, param, grad = variant
+        dtypes = ("fp32", "bf16", "fp64") if target == "sm_90" else ("fp32",)
+        is_of_any = kernel.split()[0] in ("adam", "global_norm") and (target == "sm_90" or param in ("fp32", "bf16"))
+        if is_of_any or (param == grad in dtypes and not kernel.endswith("source")):
+            yield variant
 
 
 def name_of(target, kernel, stores, param, grad):
@@ -199,7 +207,7 @@ def main(arguments):
 
     from fusedopt.backends import cuda
 
-    todo = [*variants((*TARGETS, *MORE_TARGETS) if options.all else TARGETS, options.all)]
+    todo = [*variants((*TARGETS, *MORE_TARGETS))] if options.all else [*usual_variants()]
     with ProcessPoolExecutor(options.jobs) as pool:
         result = {f"triton {triton.__version__}": dict(pool.map(compile_variant, todo, chunksize=4))}
     if cuda.LIBRARY.exists():

@@ -75,7 +75,7 @@ def compiled():
 @pytest.mark.parametrize("target", compile_kernels.TARGETS)
 def test_every_variant_compiles_without_spills_and_with_wide_accesses(target):
     facts = {name: fact for name, fact in compiled().items() if name.startswith(f"{target} ")}
-    assert len(facts) == len([*compile_kernels.variants([target])])
+    assert len(facts) == sum(variant[0] == target for variant in compile_kernels.usual_variants())
     for name, fact in facts.items():
         assert fact["spilled"] == 0, name
         assert fact["wide_loads"] > 0, name
