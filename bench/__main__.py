@@ -1,6 +1,7 @@
 """``python -m bench cpu|cuda|sparse [--quick]``: times every rule against torch.optim, prints a table, writes JSON.
 
-``python -m bench schedules`` draws docs/schedules.svg.
+``python -m bench choose [--quick]`` trains two small models with every optimizer, prints tables, writes JSON;
+``python -m bench choose --page JSON`` puts them into docs/choosing.md. ``python -m bench schedules`` draws docs/schedules.svg.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import datetime
 import functools
 import itertools
+import json
 import os
 import sys
 from pathlib import Path
@@ -69,10 +71,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     options.out = options.out or default_path(
         options.device, whole=not (options.quick or options.workloads or options.rules)
     )
-    folder = options.out.parent
-    if options.out.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
-        parser.error(f"--out: cannot write {options.out}")
+    check_writable(parser, options.out)
     return options
+
+
+def check_writable(parser: Parser, out: Path) -> None:
+    """Ends the program now, not after it has measured."""
+    if out.is_dir() or not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        parser.error(f"--out: cannot write {out}")
 
 
 def draw_schedules(argv: list[str]) -> int:
@@ -85,9 +91,37 @@ def draw_schedules(argv: list[str]) -> int:
     return 0
 
 
+def choose_optimizer(argv: list[str]) -> int:
+    parser = Parser(prog="python -m bench choose")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
+    parser.add_argument("--out", type=Path, help="default: bench/results/choose-DATE.json; with --quick, -quick.json")
+    parser.add_argument(
+        "--page", type=Path, metavar="JSON", help="measure nothing; its tables and picture go into docs/"
+    )
+    options = parser.parse_args(argv)
+    if options.page and (options.quick or options.out):
+        parser.error("--page measures nothing, so it takes neither --quick nor --out")
+    if options.page and not options.page.is_file():
+        parser.error(f"--page: no file {options.page}")
+    from bench import choose, choose_page  # need scikit-learn and matplotlib
+
+    if options.page:
+        choose_page.update(options.page)
+        return 0
+    out = options.out or default_path("choose", whole=not options.quick)
+    check_writable(parser, out)
+    results = choose.run(choose.QUICK if options.quick else choose.FULL)
+    out.write_text(choose.as_json(results))
+    print(choose_page.tables(json.loads(out.read_text())))
+    print(f"written to {out}")
+    return 0
+
+
 def main(argv: list[str]) -> int:
     if argv[:1] == ["schedules"]:
         return draw_schedules(argv[1:])
+    if argv[:1] == ["choose"]:
+        return choose_optimizer(argv[1:])
     options = arguments(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench: torch sees no GPU here", file=sys.stderr)

@@ -62,10 +62,7 @@ class Result:
         return statistics.median(self.step_ms[name])
 
     def spread(self, name: str) -> float:
-        """Middle half of the rounds (third quartile less first), as a part of the median."""
-        ordered = sorted(self.step_ms[name])
-        first, third = (ordered[round(part * (len(ordered) - 1))] for part in (0.25, 0.75))
-        return (third - first) / self.median_ms(name)
+        return spread(self.step_ms[name])
 
     def us_per_tensor(self, name: str) -> float:
         return self.median_ms(name) * 1e3 / self.tensors
@@ -83,6 +80,13 @@ class Result:
         moved = self.params * self.bytes_per_param / 1e6
         pairs = zip(self.step_ms[OURS.name], self.add_gb_s, strict=True)
         return statistics.median(moved / ms / add for ms, add in pairs)
+
+
+def spread(samples: list[float]) -> float:
+    """Their middle half (third quartile less first), as a part of the median."""
+    ordered = sorted(samples)
+    first, third = (ordered[round(part * (len(ordered) - 1))] for part in (0.25, 0.75))
+    return (third - first) / statistics.median(samples)
 
 
 class CheckFailed(Exception):
@@ -180,6 +184,14 @@ def cpu_seconds() -> tuple[float, float, float] | None:
     return time.perf_counter(), (sum(fields) - idle) / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
+def cores_used_by_others(before: tuple[float, float, float] | None) -> float | None:
+    """On average since `cpu_seconds` gave ``before``."""
+    if before is None:
+        return None
+    wall, busy, own = (end - start for start, end in zip(before, cpu_seconds(), strict=True))
+    return max(0.0, (busy - own) / wall)
+
+
 def run(
     workload: str,
     rule: BenchRule,
@@ -225,9 +237,6 @@ def run(
             add_gb_s.append(
                 12 * ADD_ELEMENTS / time_blocks(lambda: target.add_(addend), 2 if device == "cpu" else 20, device) / 1e6
             )
-    others = None
-    if before is not None:
-        wall, busy, own = (end - start for start, end in zip(before, cpu_seconds(), strict=True))
-        others = max(0.0, (busy - own) / wall)
+    others = cores_used_by_others(before)
     bytes_per_param = rule.bytes_per_param + (4 if clip else 0)
     return Result(device, workload, rule.name, clip, len(params), numel, bytes_per_param, used, times, add_gb_s, others)

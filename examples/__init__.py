@@ -1,0 +1,1 @@
+"""Programs to run and to read; the benchmark takes the model and the text of one."""
