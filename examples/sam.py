@@ -41,6 +41,7 @@ def make_model():
 def sharpness(model, images, labels):
     """The rise of the loss along the ascent of SAM."""
     probe = fusedopt.SAM(model.parameters(), rho=0.05)
+    probe.zero_grad()
     loss = F.cross_entropy(model(images), labels)
     loss.backward()
     probe.first_step(zero_grad=True)

@@ -52,7 +52,7 @@ def param_groups_weight_decay(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
-    patterns = list(no_decay)
+    patterns = [no_decay] if isinstance(no_decay, str) else list(no_decay)
     unused = set(patterns)
     found: dict[nn.Parameter, tuple[str, bool]] = {}  # by identity: its first name, whether it decays
     for prefix, module in model.named_modules(remove_duplicate=False):

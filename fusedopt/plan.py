@@ -514,6 +514,8 @@ class Plan:
                 return
             self._check_param(entry)
 
+        if entry.source is not None:
+            self._check_state(entry, "old_param", entry.source, tuple(param.shape))
         # Where the backend reads and advances them.
         is_on_device = backend_of(param.device, entry.has_kernels).SCALARS_ON_DEVICE
         device = param.device if is_on_device else torch.device("cpu")

@@ -29,6 +29,7 @@ from fusedopt import schedules
 from fusedopt.optimizers import SGD, Adam, AdamW, Lion
 from fusedopt.param_groups import param_groups_weight_decay
 from fusedopt.rules import integer
+from fusedopt.sam import SAM
 
 __all__ = ["Recipe", "fine_tuning", "image_from_scratch", "rnn", "transformer_pretraining"]
 
@@ -278,6 +279,10 @@ def _make(
     cls = overrides.get("optimizer", own_cls)
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(f"{recipe}: optimizer must be a class of fusedopt or torch.optim, got {cls!r}")
+    if issubclass(cls, SAM):
+        raise TypeError(
+            f"{recipe}: SAM goes around an optimizer; make it of the groups that the recipe for its base made"
+        )
     if not inspect.isfunction(schedule):
         raise TypeError(f"{recipe}: schedule must be a function of fusedopt.schedules, got {schedule!r}")
     of_groups = _options(param_groups_weight_decay) - {"model"}

@@ -205,7 +205,8 @@ def lamb(
     r"""u = m̂ / (√v̂ + ε) + λθ;  θ ← θ − η (‖θ‖ / ‖u‖) u, with the 2-norms of the whole tensor.
 
     You et al. 2020, "Large batch optimization for deep learning: training BERT in 76 minutes", arXiv:1904.00962; m, v, m̂
-    and v̂ as in :func:`adam`. The ratio is 1 where one of the norms is 0 or infinite, and without ``always_adapt`` where λ is 0.
+    and v̂ as in :func:`adam`. The ratio is 1 where the square of one of the norms is 0 or infinite, and without ``always_adapt``
+    where λ is 0.
     """
     grad = -grad if maximize else grad
     beta1, beta2 = betas
@@ -217,9 +218,9 @@ def lamb(
     update = _with_l2(param, state["exp_avg"] / bias_correction1 / denom, weight_decay)
     ratio = 1.0
     if always_adapt or weight_decay != 0:
-        param_norm, update_norm = float(total_norm([param])), float(total_norm([update]))
-        if all(0 < norm < float("inf") for norm in (param_norm, update_norm)):
-            ratio = param_norm / update_norm
+        squared_param, squared_update = (float(tensor.double().square().sum()) for tensor in (param, update))
+        if all(0 < squared < float("inf") for squared in (squared_param, squared_update)):
+            ratio = squared_param**0.5 / squared_update**0.5
     return param - lr * ratio * update
 
 
@@ -249,7 +250,8 @@ def sam(param, grad, state, step, *, rho, adaptive, maximize=False):
     """
     grad = -grad if maximize else grad
     state["old_param"] = param
-    return param + rho * grad * (param * param if adaptive else 1.0)
+    ascent = rho * grad * (param * param if adaptive else 1.0)
+    return param + torch.where(grad == 0, 0.0, ascent)  # a mask, -inf, stays where its gradient is 0
 
 
 def _with_l2(param, grad, weight_decay):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import is_
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,7 +15,7 @@ from fusedopt.errors import UNCHANGED
 from fusedopt.interrupts import uninterrupted
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import AdamW
-from fusedopt.plan import Plan
+from fusedopt.plan import Plan, state_dtype
 from fusedopt.rules import RULES, check_options, flag
 
 
@@ -48,7 +49,7 @@ class SAM(FusedOptimizer):
 
     With a GradScaler: ``scaler.scale(loss).backward(); opt.first_step(); opt.zero_grad();
     scaler.scale(loss_function(...)).backward(); scaler.step(opt); scaler.update()``. The ascent has the same length whatever
-    the scale. `torch.amp.GradScaler.step` takes no closure with it.
+    the scale. ``scaler.unscale_(opt)``, if at all, comes after the second ``backward``: the scaler unscales once a step.
 
     Args:
         params: as for ``base``.
@@ -57,9 +58,10 @@ class SAM(FusedOptimizer):
         adaptive: ASAM, for which a ρ ten times as large is usual; a group may have its own ``"adaptive"``.
         base_options: what else ``base`` takes: ``lr=``, ``max_grad_norm=``, …
 
-    With ``nonfinite="skip"`` or ``"error"`` a first gradient that is not finite skips the whole step, or raises, and
-    `first_step` waits for the device. Sparse gradients are refused. One more state a parameter, float32 or float64, is kept
-    for the weights.
+    Both gradients of a step are of the same batch. With ``nonfinite="skip"`` or ``"error"`` a first gradient that is not finite
+    skips the whole step, or raises, with a GradScaler too, and `first_step` waits for the device. Sparse gradients are refused.
+    One more tensor a parameter, float32 or float64, is kept for the weights; values that are put into parameters between the
+    two steps are lost. Classes are derived from ``base``, not from SAM.
 
     Raises:
         TypeError: ``base`` is no class of fusedopt. ValueError: ``rho`` or ``adaptive``, or an option of ``base``.
@@ -80,6 +82,14 @@ class SAM(FusedOptimizer):
     with θ as the scale, and no constant added to it.
     """
 
+    _base: ClassVar[type[FusedOptimizer]]
+
+    def __init_subclass__(cls, base: type[FusedOptimizer] | None = None, **kwargs: Any) -> None:
+        if base is None:
+            raise TypeError("SAM has no subclasses; derive a class from its base and give it that")
+        cls._base = base
+        super().__init_subclass__(**kwargs)
+
     def __new__(cls, params: Iterable = (), base: type[FusedOptimizer] = AdamW, *args: Any, **kwargs: Any) -> SAM:
         return super().__new__(_around(base) if cls is SAM else cls)
 
@@ -91,6 +101,8 @@ class SAM(FusedOptimizer):
         adaptive: bool = False,
         **base_options: Any,
     ):
+        if base_options.get("sparse") is not None:
+            raise ValueError("SAM takes no sparse gradients: sparse must be None")
         self._rho, self._adaptive = rho, adaptive
         self._forget_ascent()
         super().__init__(params, **base_options)
@@ -126,7 +138,7 @@ class SAM(FusedOptimizer):
     def adaptive(self, value: bool) -> None:
         self._adaptive = flag("adaptive", value)
 
-    def _own_options(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _own_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return {"rho": group.get("rho", self._rho), "adaptive": group.get("adaptive", self._adaptive)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -146,7 +158,8 @@ class SAM(FusedOptimizer):
 
         Args:
             closure: computes the loss and its gradients, and returns the loss; called twice, each time with no gradients
-                there. None: only after `first_step`, as `second_step`; or with lr 0 in all groups, for who makes the states.
+                there. None: as `second_step`, after `first_step`; or, where lr is 0 in all groups, a step of ``base``, which
+                is how torch.distributed.checkpoint makes the states.
 
         Returns:
             What the closure returned first.
@@ -197,6 +210,29 @@ class SAM(FusedOptimizer):
             raise RuntimeError(
                 f"{type(self).__name__}.first_step: was called before; second_step() or restore() ends it; {UNCHANGED}"
             )
+        try:
+            self._ascend()
+        except (ValueError, TypeError):
+            if not self._drop_misfits():
+                raise
+            self._ascend()
+        if zero_grad:
+            self.zero_grad()
+
+    def _drop_misfits(self) -> bool:
+        """Forgets old weights of parameters that have another form now. False: there were none."""
+        misfits = [
+            param
+            for param, kept in self._ascent_state.items()
+            for old in kept.values()
+            if (old.shape, old.dtype, old.device) != (param.shape, state_dtype(param), param.device)
+        ]
+        for param in misfits:
+            del self._ascent_state[param]
+            self._sources.pop(param, None)
+        return bool(misfits)
+
+    def _ascend(self) -> None:
         with self._ascent_plan() as plan:
             active = [entry.param for entry in plan.active()]
             sources = {param: self._ascent_state[param]["old_param"] for param in active}
@@ -215,15 +251,14 @@ class SAM(FusedOptimizer):
                 elif self.nonfinite == "skip":
                     coef = None
                 else:
-                    where = plan.first_nonfinite() or "the gradient norm is NaN or infinite"
-                    raise RuntimeError(f"{plan.owner}: {where}: gradient holds NaN or infinity; {UNCHANGED}")
+                    entry = plan.first_nonfinite()
+                    where = f"{entry}: gradient holds NaN or infinity" if entry else "the norm is NaN or infinite"
+                    raise RuntimeError(f"{plan.owner}: {where}; {UNCHANGED}")
             with uninterrupted():  # what has ascended must be known to have
                 if coef is not None:
                     plan.update(coef, **on_device)
                 self._ascended = active if coef is not None else []
                 self._is_skipping = coef is None
-        if zero_grad:
-            self.zero_grad()
 
     @torch.compiler.disable
     def second_step(self, zero_grad: bool = False) -> None:
@@ -244,10 +279,22 @@ class SAM(FusedOptimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the parameters back where `first_step` took them from; without one it does nothing."""
-        if self._ascended:
-            torch._foreach_copy_(self._ascended, [self._sources[param] for param in self._ascended])
+        """Puts the parameters back where `first_step` took them from; without one it does nothing.
+
+        Raises:
+            RuntimeError: a parameter has another shape or device by now. It is left as it is; the others are back.
+        """
+        pairs = [(param, self._sources[param]) for param in self._ascended or ()]
+        fitting = [(param, old) for param, old in pairs if (param.shape, param.device) == (old.shape, old.device)]
+        if fitting:
+            torch._foreach_copy_(*map(list, zip(*fitting, strict=True)))
         self._ascended, self._is_skipping = None, False
+        for param, old in pairs:
+            if (param.shape, param.device) != (old.shape, old.device):
+                raise RuntimeError(
+                    f"{type(self).__name__}.restore: a parameter of shape {tuple(param.shape)} on {param.device} had shape "
+                    f"{tuple(old.shape)} on {old.device} at first_step; it was left as it is, and all others are back"
+                )
 
     def _step_back(self) -> None:
         """The step of ``base`` from the sources."""
@@ -289,7 +336,7 @@ class SAM(FusedOptimizer):
     # ---- copies and checkpoints --------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple:
-        return _made_around, (type(self).__mro__[2],), self.__getstate__()
+        return _made_around, (self._base,), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._ascended is not None:
@@ -300,6 +347,15 @@ class SAM(FusedOptimizer):
         super().__setstate__(state)
         if "_ascent" not in self.__dict__:
             self._forget_ascent()
+
+    def _group_differences(self, state_dict: dict[str, Any]) -> Iterator[str]:
+        yield from super()._group_differences(state_dict)
+        for index, group in enumerate(state_dict.get("param_groups") or ()):
+            if isinstance(group, Mapping):
+                try:
+                    check_options(RULES["sam"], {**self._own_options(group), "maximize": False})
+                except ValueError as error:
+                    yield f"param_groups[{index}]: {error}"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of ``base``. A group's own ρ stays where the checkpoint has none."""
@@ -319,7 +375,9 @@ def _around(base: type[FusedOptimizer]) -> type[SAM]:
         or issubclass(base, SAM)
     ):
         raise TypeError(f"SAM: base must be an optimizer class of fusedopt, such as fusedopt.AdamW, got {base!r}")
-    return type("SAM", (SAM, base), {"__doc__": SAM.__doc__, "__module__": SAM.__module__})
+    if inspect.unwrap(base.step) is not inspect.unwrap(FusedOptimizer.step):
+        raise TypeError(f"SAM: {base.__name__} has a step of its own, which SAM would not call")
+    return type("SAM", (SAM, base), {"__doc__": SAM.__doc__, "__module__": SAM.__module__}, base=base)
 
 
 def _made_around(base: type[FusedOptimizer]) -> SAM:

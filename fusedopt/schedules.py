@@ -268,7 +268,7 @@ def one_cycle(
         1 - (1 - r)\,h\!\left( \frac{t - w}{T - w} \right) \ \ (w < t \le T), \qquad r \ \ (t > T)
 
     and the momentum falls from its upper end to the lower one until step w, and rises again until step T. It is SGD's and
-    RMSprop's ``momentum``, and ``betas[0]`` of Adam, AdamW and NAdam. It is left alone where it is 0, because that would switch
+    RMSprop's ``momentum``, and ``betas[0]`` of Adam and its kin. It is left alone where it is 0, because that would switch
     momentum on; in Lion, whose ``betas[0]`` weighs gradient against momentum in one step and is no rate of decay; and in
     Adagrad, which has none.
 

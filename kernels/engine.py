@@ -88,7 +88,7 @@ def _sum_of_squares(
     """Adds the squares of a block to `sums`, in float64: those of no float32 overflow or vanish there."""
     values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)
     if weight is not None:
-        is_weighted = (offsets < limit) & (weight != 0)
+        is_weighted = (offsets < limit) & (weight != 0) & (values != 0)
         values *= tl.load(weight.to(tl.pointer_type(PARAM_DTYPE)) + offsets, mask=is_weighted, other=1).to(tl.float64)
     if GRAD_DTYPE == tl.float64:
         huge, tiny = values * TINY, values * HUGE

@@ -493,4 +493,4 @@ def prepare_sam(hyper, grad_coef, step, extra, dtype: tl.constexpr):
 def sam(scalars, param, grad, states, STORES: tl.constexpr):
     length, plain_share, adaptive_share = scalars
     weight = plain_share + weighted(adaptive_share, param * param)
-    return param + length * grad * weight, (param,)
+    return param + weighted(length * grad, weight), (param,)

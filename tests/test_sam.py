@@ -445,6 +445,50 @@ def test_grad_scaler(is_finite, on_backend):
         assert int(scaled.skipped_steps) == 1
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("changed", [torch.ones(40), torch.ones(2, 2)], ids=["longer", "another shape"])
+def test_parameter_of_another_shape_in_between_is_refused(changed, backend):
+    """Its old weights say nothing of the new ones; reading them would be reading other memory."""
+    params = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(3))]
+    optimizer = fusedopt.SAM(params, fusedopt.SGD, rho=1.0, lr=0.1, backend=backend)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.first_step()
+    params[0].grad, params[0].data = None, changed.clone()
+    params[0].grad = torch.ones_like(params[0])
+    with pytest.raises(ValueError, match=r"params'\]\[0\].*state 'old_param' has shape \(4,\)"):
+        optimizer.second_step()
+    with pytest.raises(RuntimeError, match="had shape \\(4,\\)"):
+        optimizer.restore()
+    assert torch.equal(params[0].detach(), changed) and torch.equal(params[1].detach(), torch.ones(3))
+    optimizer.step(closure_of(optimizer, params, 0))  # and it goes on
+
+
+def test_parameter_of_another_dtype_goes_on():
+    params = make_params()
+    optimizer = fusedopt.SAM(params, fusedopt.SGD, lr=0.1)
+    optimizer.step(closure_of(optimizer, params, 0))
+    for param in params:
+        param.grad = None
+        param.data = param.data.double()
+    others = clone_params(params)
+    other = fusedopt.SAM(others, fusedopt.SGD, lr=0.1)
+    optimizer.step(closure_of(optimizer, params, 1))
+    other.step(closure_of(other, others, 1))
+    assert_same_bits(params, others)
+
+
+def test_mask_stays_where_its_gradient_is_zero(on_backend):
+    """ASAM's norm is of θg: -inf times 0 must not come into it."""
+    params = [torch.nn.Parameter(torch.tensor([-torch.inf, 1.0, 2.0]))]
+    optimizer = fusedopt.SAM(params, fusedopt.SGD, rho=0.5, adaptive=True, lr=0.1)
+    params[0].grad = torch.tensor([0.0, 3.0, 2.0])
+    optimizer.first_step()
+    torch.testing.assert_close(params[0].detach(), torch.tensor([-torch.inf, 1.3, 2.8]))
+    optimizer.second_step()
+    torch.testing.assert_close(params[0].detach(), torch.tensor([-torch.inf, 0.7, 1.8]))
+
+
 def test_bad_arguments_are_refused():
     params = make_params()
     for options, message in (
@@ -461,6 +505,23 @@ def test_bad_arguments_are_refused():
             fusedopt.SAM(params, base)
     with pytest.raises(ValueError, match=r"param_groups\[0\]: rho must be >= 0"):
         fusedopt.SAM([{"params": params, "rho": -1}])
+    with pytest.raises(ValueError, match="SAM takes no sparse gradients"):
+        fusedopt.SAM(params, sparse="lazy")
+    checkpoint = fusedopt.SAM([{"params": params, "rho": 1}]).state_dict()
+    checkpoint["param_groups"][0]["rho"] = -1
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: rho must be >= 0"):
+        fusedopt.SAM(params).load_state_dict(checkpoint)
+
+    class OwnStep(fusedopt.SGD):
+        def step(self, closure=None):
+            pass
+
+    with pytest.raises(TypeError, match="OwnStep has a step of its own"):
+        fusedopt.SAM(params, OwnStep)
+    with pytest.raises(TypeError, match="SAM has no subclasses"):
+        type("Mine", (fusedopt.SAM,), {})
+    with pytest.raises(TypeError, match="SAM goes around an optimizer"):
+        fusedopt.recipes.rnn(torch.nn.Linear(2, 2), 10, optimizer=fusedopt.SAM, lr=0.1)
     optimizer = fusedopt.SAM(params)
     with pytest.raises(ValueError, match="rho must be >= 0"):
         optimizer.rho = -1

@@ -67,8 +67,9 @@ FO_DEVICE void add_weighted_chunk(Sums& sums, void* weight, DType weight_dtype, 
         value *= double(Codec::load(global<typename Codec::stored>(address)[begin + i]));
       });
     };
-    multiply(weight, weight_dtype);
     multiply(grad, grad_dtype);
+    if (value == 0) continue;  // whatever its weight is
+    multiply(weight, weight_dtype);
     sums.add_value<true>(value);
   }
 }

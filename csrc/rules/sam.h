@@ -27,7 +27,7 @@ struct SAM {
   FO_HD void operator()(T& param, T grad, T& old_param) const {
     old_param = param;
     const T weight = plain_share + weighted(adaptive_share, param * param);
-    param += length * grad * weight;
+    param += weighted(length * grad, weight);
   }
 };
 

@@ -66,7 +66,8 @@ class Bucket:
         grads = [as_real(entry.param.grad) for entry in active]
         for i, entry in enumerate(active):
             if is_weighted[entry.group]:
-                grads[i] = as_real(entry.param.detach()).double() * grads[i].double()
+                grad = grads[i].double()
+                grads[i] = torch.where(grad == 0, 0.0, as_real(entry.param.detach()).double() * grad)
         return float(reference.total_norm(grads))
 
     def first_nonfinite(self) -> int:
