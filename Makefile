@@ -1,5 +1,5 @@
 # make train   train a small GPT with fusedopt.AdamW and compare with torch.optim   (ARGS="--steps 50" passes options on)
-# make test    lint and tests, in JOBS=2 processes
+# make test    lint and tests, in JOBS=2 processes of one thread each, but for tests of threads
 # make fuzz    N=20000 random examples a class against the reference   (SEED=1 repeats a run)
 # make bench   the CPU benchmark
 # make gpu     on a machine with a GPU: its tests, quick benchmark and compute-sanitizer, reports in OUT=runs/gpu
@@ -28,7 +28,7 @@ train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
 test: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def test_kernels_take_every_dtype(case, dtypes, backend):
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_step_is_the_cpu_engines_within_two_ulp(case, dtypes, backend):
-    """Of the computing dtype; all round each operation once, only powers of betas and norms are computed in another way; eight
+    """Of the computing dtype; all round each operation once, only powers of betas and norms are computed in another way; more
     where a rule depends on sums over its tensor, which are added up in another order and multiply all of the update. States
     too, so that each element has its own: where all steps exchange the same ones, the parameters do not show it.
     """
@@ -69,7 +69,8 @@ def test_one_step_is_the_cpu_engines_within_two_ulp(case, dtypes, backend):
         runs.append([tensor.detach() for p in params for tensor in (p, *optimizer.state[p].values())])
     for ours, theirs in zip(*runs, strict=True):
         ulp = torch.nextafter(theirs.abs(), torch.full_like(theirs, torch.inf)) - theirs.abs()
-        assert ((ours - theirs).abs() <= (8 if case.rule.num_sums else 2) * ulp).all()
+        more = 16 * torch.finfo(theirs.dtype).eps * theirs.abs().amax() if case.rule.num_sums and theirs.numel() else 0
+        assert ((ours - theirs).abs() <= 2 * ulp + more).all()
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, DTYPES, can_mix_dtypes, keywords, random_grads, random_params, set_grad
-from helpers import Spec, every_class, same_bits
+from helpers import SPECS, Spec, every_class, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -642,7 +642,12 @@ def run_example(spec: Spec, example: Example, tally: Counter) -> None:
     tally["examples"] += 1
 
 
-@every_class
+# What a rounding does to an element is followed through the formula, which sums over tensors do not allow: LAMB and StableAdamW
+# have the fixed bound of test_parity.py alone.
+every_traceable_class = pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.rule.num_sums], ids=str)
+
+
+@every_traceable_class
 def test_random_steps_are_the_reference_to_rounding(spec):
     tally = Counter()
 
@@ -1036,7 +1041,7 @@ class Life(RuleBasedStateMachine):
         self.train_as_before()
 
 
-@every_class
+@every_traceable_class
 def test_random_lives_are_those_of_a_plain_loop(spec):
     tally, drawn = Counter(), options(spec)
     run_state_machine_as_test(lambda: Life(spec, drawn, tally), settings=LIFE_SETTINGS)

@@ -329,7 +329,7 @@ def test_planted_bug_is_caught(case, mutant, monkeypatch):
         return  # asserted to be tried somewhere by the test below
     run = cpu.Bucket.update
 
-    def mutated(bucket, scalars, coefs):
+    def mutated(bucket, scalars, coefs, from_source=False):
         plant(case.rule, bucket, lambda *args: run(bucket, *args), scalars, coefs)
 
     monkeypatch.setattr(cpu.Bucket, "update", mutated)

@@ -92,10 +92,10 @@ def test_steps_are_those_of_a_plain_loop_around_torch(base, adaptive, on_backend
         assert_close(params, others, 1e-6 if base == "NAdam" else 1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("adaptive", [False, True], ids=["SAM", "ASAM"])
-def test_the_ascent_is_rho_long_along_the_gradient(adaptive, dtype, on_backend):
-    params = make_params(SHAPES, dtype)
+def test_the_ascent_is_rho_long_along_the_gradient(adaptive, precision, on_backend):
+    params = make_params(SHAPES, precision)
     optimizer = fusedopt.SAM(params, rho=2.0, adaptive=adaptive)
     loss_of(params, 0).backward()
     before = [param.detach().to(torch.float64, copy=True) for param in params]
@@ -107,10 +107,10 @@ def test_the_ascent_is_rho_long_along_the_gradient(adaptive, dtype, on_backend):
         norm = torch.cat([g.flatten() for g in grads]).norm()
         expected = [p + 2.0 * g / (norm + 1e-12) for p, g in zip(before, grads, strict=True)]
     optimizer.first_step()
-    tolerance = 8 * torch.finfo(dtype).eps
+    tolerance = 8 * torch.finfo(precision).eps
     for param, wanted, start in zip(params, expected, before, strict=True):
         assert ((param.double() - wanted).abs() <= tolerance * (start.abs() + (wanted - start).abs())).all()
-    if dtype == torch.float64 and not adaptive:
+    if precision == torch.float64 and not adaptive:
         moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(params, before, strict=True)]).norm()
         assert float(moved) == pytest.approx(2.0, rel=1e-12)
 
@@ -124,18 +124,18 @@ def odd_layouts():
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_weights_come_back_to_the_bit(dtype, on_backend):
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_come_back_to_the_bit(precision, on_backend):
     """By a step that moves nothing, which is by the kernels, and by restore; -0.0, subnormals and infinity among them."""
-    special = torch.tensor([-0.0, 1e-40, -torch.inf, 65504.0, 1e-7], dtype=torch.float64).to(dtype)
-    params = [torch.nn.Parameter(special), *make_params(SHAPES, dtype)]
-    params += odd_layouts() if dtype == torch.float32 else []
+    special = torch.tensor([-0.0, 1e-40, -torch.inf, 65504.0, 1e-7], dtype=torch.float64).to(precision)
+    params = [torch.nn.Parameter(special), *make_params(SHAPES, precision)]
+    params += odd_layouts() if precision == torch.float32 else []
     before = [bits(param) for param in params]
     optimizer = fusedopt.SAM(params, fusedopt.SGD, rho=10.0, lr=0.0)
 
     def set_grads():
         for i, param in enumerate(params):
-            param.grad = randn(param.shape, dtype, i)
+            param.grad = randn(param.shape, precision, i)
 
     for end in (optimizer.second_step, optimizer.restore, optimizer.second_step):
         set_grads()

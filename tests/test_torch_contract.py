@@ -1020,6 +1020,14 @@ def laid_out(layout, dtype, seed):
     return LAYOUTS[layout](buffer), buffer, outside
 
 
+def assert_paired(optimizer, param, clone):
+    """Bitwise; to rounding where a rule sums over its tensor, whose elements then come in another order."""
+    if optimizer.rule.num_sums:
+        assert_close([param], [clone], 16 * torch.finfo(param.dtype).eps)
+    else:
+        assert bits(param) == bits(clone), f"{type(optimizer).__name__}: parameter"
+
+
 @every_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_steps_as_its_contiguous_clone(layout, dtype):
@@ -1039,7 +1047,7 @@ def test_any_layout_steps_as_its_contiguous_clone(layout, dtype):
             optimizer.step()
             oracle.step()
             assert bits(grad_buffer) == bits(kept), f"{name}: the gradient was written to"
-        assert bits(param) == bits(clone), f"{name}: parameter"
+        assert_paired(optimizer, param, clone)
         assert bits(buffer[outside]) == bits(before), f"{name}: memory outside the parameter"
         assert_same_bits(
             optimizer.state.get(param, {}).values(), oracle.state.get(clone, {}).values(), f"{name}: state"
@@ -1086,7 +1094,7 @@ def test_gradient_may_have_other_strides_than_its_parameter(layout, gradient, dt
             param.grad, clone.grad = grad, grad.clone(memory_format=torch.contiguous_format)
             optimizer.step()
             oracle.step()
-        assert bits(param) == bits(clone), f"{spec}: parameter"
+        assert_paired(optimizer, param, clone)
         assert bits(buffer[outside]) == bits(before), f"{spec}: memory outside the parameter"
 
 
