@@ -212,9 +212,7 @@ class Clip:
             if self.max_grad_norm is not None:
                 coef *= coefficient(norm, self.max_grad_norm)
         if not is_finite and self.nonfinite == "error":
-            entry = plan.first_nonfinite()
-            where = f"{entry}: gradient holds NaN or infinity" if entry else "the gradient norm is NaN or infinite"
-            raise RuntimeError(f"{plan.owner}: {where}; {UNCHANGED}")
+            plan.fail_nonfinite()
         if not is_finite and self.nonfinite == "skip":
             self._num_skipped += 1
             return None

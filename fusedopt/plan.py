@@ -282,7 +282,8 @@ class Plan:
 
     def grad_norm(self) -> float:
         """2-norm of all gradients, as they are stored."""
-        norms = [bucket.grad_norm(self.is_weighted) for bucket in self.buckets]
+        is_weighted = self.is_weighted
+        norms = [bucket.grad_norm(is_weighted) for bucket in self.buckets]
         return norms[0] if len(norms) == 1 else combine_norms(norms)
 
     def first_nonfinite(self) -> Entry | None:
@@ -292,6 +293,12 @@ class Plan:
             if index >= 0:
                 return bucket.entries[index]
         return None
+
+    def fail_nonfinite(self) -> None:
+        """Raises RuntimeError that names the first gradient which holds NaN or infinity."""
+        entry = self.first_nonfinite()
+        where = f"{entry}: gradient holds NaN or infinity" if entry else "the gradient norm is NaN or infinite"
+        raise RuntimeError(f"{self.owner}: {where}; {UNCHANGED}")
 
     def update(self, coef: float, **on_device: Any) -> None:
         """Advances every parameter that has a gradient by one step, its gradient times ``coef``.

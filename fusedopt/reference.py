@@ -186,8 +186,8 @@ def adan(param, grad, state, step, *, lr, betas, eps, weight_decay, decoupled_we
     """
     grad = -grad if maximize else grad
     beta1, beta2, beta3 = betas
-    diff = grad - state["previous_grad"] if step > 1 else 0.0
-    nesterov = grad + beta2 * diff if step > 1 else grad
+    diff = grad - (state["previous_grad"] if step > 1 else grad)
+    nesterov = grad + beta2 * diff
     state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * grad
     state["exp_avg_diff"] = beta2 * state["exp_avg_diff"] + (1 - beta2) * diff
     state["exp_avg_sq"] = beta3 * state["exp_avg_sq"] + (1 - beta3) * nesterov * nesterov

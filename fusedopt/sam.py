@@ -103,10 +103,9 @@ class SAM(FusedOptimizer):
     ):
         if base_options.get("sparse") is not None:
             raise ValueError("SAM takes no sparse gradients: sparse must be None")
-        self._rho, self._adaptive = rho, adaptive
+        self.rho, self.adaptive = rho, adaptive
         self._forget_ascent()
         super().__init__(params, **base_options)
-        self.rho, self.adaptive = rho, adaptive  # checked, also without any group
 
     def _forget_ascent(self) -> None:
         self._ascent: Plan | None = None
@@ -126,7 +125,7 @@ class SAM(FusedOptimizer):
 
     @rho.setter
     def rho(self, value: float) -> None:
-        check_options(RULES["sam"], {"rho": value, "adaptive": False, "maximize": False})
+        _check_ascent({"rho": value, "adaptive": False})
         self._rho = value
 
     @property
@@ -145,7 +144,7 @@ class SAM(FusedOptimizer):
         """As of ``base``; the group may have its own ``"rho"`` and ``"adaptive"``."""
         super().add_param_group(param_group)
         try:
-            check_options(RULES["sam"], {**self._own_options(self.param_groups[-1]), "maximize": False})
+            _check_ascent(self._own_options(self.param_groups[-1]))
         except ValueError as error:
             self.param_groups.pop()
             raise ValueError(f"{type(self).__name__}: param_groups[{len(self.param_groups)}]: {error}") from None
@@ -242,18 +241,16 @@ class SAM(FusedOptimizer):
             on_device = {}
             if plan.asynchronous is not None and self.nonfinite == "propagate":
                 norm, _ = plan.asynchronous.measure(math.inf, None, 1.0, torch.float64, plan.is_weighted)
-                inverse = (norm + 1e-12).reciprocal()
+                inverse = _inverse(norm)
                 on_device = {"control": torch.stack([inverse, torch.zeros_like(inverse)])}
             else:
                 norm = plan.grad_norm()
                 if math.isfinite(norm) or self.nonfinite == "propagate":
-                    coef = 1 / (norm + 1e-12)
+                    coef = _inverse(norm)
                 elif self.nonfinite == "skip":
                     coef = None
                 else:
-                    entry = plan.first_nonfinite()
-                    where = f"{entry}: gradient holds NaN or infinity" if entry else "the norm is NaN or infinite"
-                    raise RuntimeError(f"{plan.owner}: {where}; {UNCHANGED}")
+                    plan.fail_nonfinite()
             with uninterrupted():  # what has ascended must be known to have
                 if coef is not None:
                     plan.update(coef, **on_device)
@@ -284,17 +281,19 @@ class SAM(FusedOptimizer):
         Raises:
             RuntimeError: a parameter has another shape or device by now. It is left as it is; the others are back.
         """
-        pairs = [(param, self._sources[param]) for param in self._ascended or ()]
-        fitting = [(param, old) for param, old in pairs if (param.shape, param.device) == (old.shape, old.device)]
+        fitting, misfits = [], []
+        for param in self._ascended or ():
+            old = self._sources[param]
+            fits = (param.shape, param.device) == (old.shape, old.device)
+            (fitting if fits else misfits).append((param, old))
         if fitting:
             torch._foreach_copy_(*map(list, zip(*fitting, strict=True)))
         self._ascended, self._is_skipping = None, False
-        for param, old in pairs:
-            if (param.shape, param.device) != (old.shape, old.device):
-                raise RuntimeError(
-                    f"{type(self).__name__}.restore: a parameter of shape {tuple(param.shape)} on {param.device} had shape "
-                    f"{tuple(old.shape)} on {old.device} at first_step; it was left as it is, and all others are back"
-                )
+        for param, old in misfits:
+            raise RuntimeError(
+                f"{type(self).__name__}.restore: a parameter of shape {tuple(param.shape)} on {param.device} had shape "
+                f"{tuple(old.shape)} on {old.device} at first_step; it was left as it is, and all others are back"
+            )
 
     def _step_back(self) -> None:
         """The step of ``base`` from the sources."""
@@ -353,7 +352,7 @@ class SAM(FusedOptimizer):
         for index, group in enumerate(state_dict.get("param_groups") or ()):
             if isinstance(group, Mapping):
                 try:
-                    check_options(RULES["sam"], {**self._own_options(group), "maximize": False})
+                    _check_ascent(self._own_options(group))
                 except ValueError as error:
                     yield f"param_groups[{index}]: {error}"
 
@@ -364,6 +363,16 @@ class SAM(FusedOptimizer):
         for group, options in zip(self.param_groups, own, strict=True):
             for name, value in options.items():
                 group.setdefault(name, value)
+
+
+def _inverse(norm: Any) -> Any:
+    """What gradients are divided by, as in the published code: a norm of 0 gives no NaN."""
+    return 1 / (norm + 1e-12)
+
+
+def _check_ascent(options: Mapping[str, Any]) -> None:
+    """Raises ValueError if ρ or the switch between SAM and ASAM is none."""
+    check_options(RULES["sam"], {**options, "maximize": False})
 
 
 @functools.cache

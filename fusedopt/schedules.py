@@ -72,9 +72,7 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int, min
     Reference: Loshchilov & Hutter 2017, "SGDR: Stochastic gradient descent with warm restarts", arXiv:1608.03983, of which it
     is one cycle; with warmup and a tenth for the floor: Brown et al. 2020 (GPT-3), arXiv:2005.14165, appendix B.
     """
-    total_steps, warmup_steps = _total_and_warmup(total_steps, warmup_steps)
-    decay_steps = total_steps - max(warmup_steps, 1)
-    return LambdaLR(optimizer, _Decay(total_steps, warmup_steps, decay_steps, _ratio(min_lr_ratio), "cosine"))
+    return _warmup_and_decay(optimizer, total_steps, warmup_steps, min_lr_ratio, "cosine")
 
 
 def linear(optimizer: Optimizer, total_steps: int, warmup_steps: int, min_lr_ratio: float = 0.0) -> LambdaLR:
@@ -111,9 +109,7 @@ def linear(optimizer: Optimizer, total_steps: int, warmup_steps: int, min_lr_rat
     Reference: Devlin et al. 2019 (BERT), arXiv:1810.04805, appendix A.2; why a line: Defazio et al. 2023, "When, why and how
     much? Adaptive learning rate scheduling by refinement", arXiv:2310.07831.
     """
-    total_steps, warmup_steps = _total_and_warmup(total_steps, warmup_steps)
-    decay_steps = total_steps - max(warmup_steps, 1)
-    return LambdaLR(optimizer, _Decay(total_steps, warmup_steps, decay_steps, _ratio(min_lr_ratio), "linear"))
+    return _warmup_and_decay(optimizer, total_steps, warmup_steps, min_lr_ratio, "linear")
 
 
 def warmup_stable_decay(
@@ -391,6 +387,15 @@ class _Step:
         if steps_done < self.warmup_steps:
             return (steps_done + 1) / self.warmup_steps
         return self.gamma ** (steps_done // self.step_size)
+
+
+def _warmup_and_decay(
+    optimizer: Optimizer, total_steps: int, warmup_steps: int, min_lr_ratio: float, shape: str
+) -> LambdaLR:
+    """The decay begins where the warmup ends."""
+    total_steps, warmup_steps = _total_and_warmup(total_steps, warmup_steps)
+    decay_steps = total_steps - max(warmup_steps, 1)
+    return LambdaLR(optimizer, _Decay(total_steps, warmup_steps, decay_steps, _ratio(min_lr_ratio), shape))
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------

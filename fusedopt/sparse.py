@@ -135,7 +135,7 @@ class Bucket:
         self._is_used = _C is None
 
     def grad_norm(self, is_weighted: Sequence[bool]) -> float:
-        return self._rows.grad_norm()
+        return self._rows.grad_norm(is_weighted)
 
     def first_nonfinite(self) -> int:
         index = self._rows.first_nonfinite()
@@ -173,7 +173,8 @@ class Staged:
             self._index.append(torch.unravel_index(summed.indices()[0], shape))
             self._grads.append(summed.values())
 
-    def grad_norm(self) -> float:
+    def grad_norm(self, is_weighted: Sequence[bool]) -> float:
+        # No rule whose norm weights gradients takes sparse ones.
         return float(reference.total_norm([as_real(grad) for grad in self._grads]))
 
     def first_nonfinite(self) -> int:

@@ -49,8 +49,8 @@ def launch_options(kernel, itemsizes, warp_size, is_nvidia):
         "enable_fp_fusion": False,
     }
     if is_nvidia:  # registers a thread may use: left alone, the compiler spills some to fit more programs
-        is_small = {*itemsizes} == {4} and len(itemsizes) < 6
-        options["maxnreg"] = 64 if kernel is global_norm or is_small else 128
+        is_small, is_large = {*itemsizes} == {4} and len(itemsizes) < 6, {*itemsizes} == {8} and len(itemsizes) >= 6
+        options["maxnreg"] = 64 if kernel is global_norm or is_small else 160 if is_large else 128
     return options
 
 

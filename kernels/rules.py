@@ -343,7 +343,7 @@ def adan(scalars, param, grad, states, STORES: tl.constexpr):
     ) = scalars
     exp_avg, exp_avg_diff, exp_avg_sq, previous_grad = states
     grad = grad_coef * grad
-    diff = weighted(has_previous, grad - previous_grad)
+    diff = grad - tl.where(has_previous != 0, previous_grad, grad)
     nesterov = grad + beta2 * diff
     exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
     exp_avg_diff = beta2 * exp_avg_diff + one_minus_beta2 * diff

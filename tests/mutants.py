@@ -1811,8 +1811,8 @@ MUTANTS = [
         (
             "SAM: constant beside the norm",
             "fusedopt/sam.py",
-            "coef = 1 / (norm + 1e-12)",
-            "coef = 1 / (norm + 1e-3)",
+            "return 1 / (norm + 1e-12)",
+            "return 1 / (norm + 1e-3)",
             "test_sam.py::test_the_ascent_is_rho_long_along_the_gradient[cpu-SAM-torch.float32]",
         ),
         (

@@ -201,6 +201,20 @@ def test_a_step_is_two_launches_whatever_the_number_of_tensors(num_tensors, laun
     assert launches == {"norm": 3, "update": 4}
 
 
+@pytest.mark.parametrize("num_tensors", [1, 100])
+def test_sam_is_a_norm_an_ascent_and_a_step(num_tensors, launches, backend, monkeypatch):
+    """Restoring the weights is none of its own, neither a launch nor a copy."""
+    params = make_params([(3,)] * num_tensors)
+    optimizer = fusedopt.SAM(params, fusedopt.SGD, backend=backend)
+    monkeypatch.setattr(torch, "_foreach_copy_", None)
+    for seed in range(2):
+        set_grads(params, 2 * seed)
+        optimizer.first_step()
+        set_grads(params, 2 * seed + 1)
+        optimizer.second_step()
+        assert launches == {"norm": seed + 1, "update": 2 * (seed + 1)}
+
+
 class Waits(TorchDispatchMode):
     """Counts the operations that bring a value to the host."""
 

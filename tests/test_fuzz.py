@@ -643,10 +643,8 @@ def run_example(spec: Spec, example: Example, tally: Counter) -> None:
 
 
 # What a rounding does to an element is followed through the formula, which sums over tensors do not allow: LAMB and StableAdamW
-# have the fixed bound of test_parity.py alone. So has Adan: of differences of subnormal gradients the bound here is too narrow.
-every_traceable_class = pytest.mark.parametrize(
-    "spec", [spec for spec in SPECS if not spec.rule.num_sums and spec.name != "Adan"], ids=str
-)
+# have the fixed bound of test_parity.py alone.
+every_traceable_class = pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.rule.num_sums], ids=str)
 
 
 @every_traceable_class

@@ -126,8 +126,7 @@ class Rows:
             self._table.add_rows(entry.param, *tensors, rule, entry.group, entry.is_strided)
         self._table.finish()
 
-    def grad_norm(self) -> float:
-        is_weighted = [False] * (1 + max((part.entry.group for part in self._touched), default=0))
+    def grad_norm(self, is_weighted: Sequence[bool]) -> float:
         return self._table.grad_norm(is_weighted, torch.get_num_threads())
 
     def first_nonfinite(self) -> int:
