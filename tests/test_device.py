@@ -244,6 +244,15 @@ def test_no_step_waits_for_the_device(clip, nonfinite, backend):
     assert (waits.count > 0) == (nonfinite == "error")
 
 
+def test_step_without_gradients_is_counted_as_skipped_too(backend):
+    """As on the CPU, though there is nothing to launch."""
+    optimizer = fusedopt.AdamW(make_params(((3,),)), backend=backend)
+    for found_inf in (0.0, 1.0, 1.0):
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+    assert int(optimizer.skipped_steps) == 2
+
+
 def test_the_device_decides_to_skip_and_counts(backend):
     """Nothing moves, step counts neither; the count is a tensor."""
     params = make_params(((CHUNK + 1,), (3,)))

@@ -286,7 +286,9 @@ class Bucket(ABC):
         skipped: torch.Tensor | None = None,
     ) -> None:
         """One step. What gradients are multiplied with beside ``grad_coefs``, and whether, the device finds out itself."""
-        if not self._tables:
+        if not self._tables:  # no kernel counts
+            if skipped is not None:
+                skipped.add_(self._constant(found_inf, torch.float32) != 0)
             return
         with self._on_device():
             self._set_hyper([[*row, coef] for row, coef in zip(scalars, grad_coefs, strict=True)])
