@@ -78,8 +78,10 @@ def test_every_variant_compiles_without_spills_and_with_wide_accesses(target):
     assert len(facts) == sum(variant[0] == target for variant in compile_kernels.usual_variants())
     for name, fact in facts.items():
         assert fact["spilled"] == 0, name
+        if "add_up" in name:  # of sums, a few numbers a tensor
+            continue
         assert fact["wide_loads"] > 0, name
-        assert fact["wide_stores"] > 0 or "global_norm" in name, name
+        assert fact["wide_stores"] > 0 or "global_norm" in name or "measure" in name, name  # these two write sums alone
 
 
 @pytest.mark.xdist_group("compiled by Triton")
