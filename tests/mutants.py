@@ -31,6 +31,7 @@ FORMULA = "test_formula.py::test_header_in_double_is_the_reference_in_float64"
 CUDA = "test_device.py::test_kernels_are_the_reference_to_rounding[cuda-AdamW(weight_decay=0.125)]"
 CUDA_HALVES = "test_device.py::test_kernels_take_every_dtype[cuda-AdamW(weight_decay=0.125)-bfloat16-bfloat16]"
 TRITON = "test_device.py::test_kernels_are_the_reference_to_rounding"
+PAST_CACHES = "test_sam.py::test_beside_a_large_parameter_weights_move_as_beside_a_small_one"
 SAME_AS_TORCH = "test_torch_contract.py::test_comes_to_the_same_as_torch"
 
 
@@ -308,17 +309,24 @@ MUTANTS = [
         ),
         # -- csrc/cpu
         (
+            "states stored before the next is loaded",
+            "csrc/cpu/kernels.inl",
+            "      rule(value, grad[i], values...);\n      ((state[i] = values), ...);\n",
+            "      rule(value, grad[i], state[i]...);\n",
+            "test_compiled_code.py::test_updates_load_before_they_store[x86_64_v3]",
+        ),
+        (
             "last seven elements skipped",
             "csrc/cpu/kernels.inl",
-            "for (int64_t i = 0; i < count; ++i) rule(",
-            "for (int64_t i = 0; i + 7 < count; ++i) rule(",
+            "for (int64_t i = 0; i < count; ++i) {\n    T value",
+            "for (int64_t i = 0; i + 7 < count; ++i) {\n    T value",
             f"{FORMULA}[SGD()]",
         ),
         (
             "first element skipped",
             "csrc/cpu/kernels.inl",
-            "for (int64_t i = 0; i < count; ++i) rule(",
-            "for (int64_t i = 1; i < count; ++i) rule(",
+            "for (int64_t i = 0; i < count; ++i) {\n    T value",
+            "for (int64_t i = 1; i < count; ++i) {\n    T value",
             f"{FORMULA}[SGD()]",
         ),
         (
@@ -429,8 +437,8 @@ MUTANTS = [
         (
             "float16 view with gaps written without them",
             "csrc/cpu/engine.cpp",
-            "void* target = is_strided ? stored.bytes : operand.data",
-            "void* target = operand.data",
+            "  if (operand.strides) {\n    store(",
+            "  if (false) {\n    store(",
             "test_torch_contract.py::test_any_layout_steps_as_its_contiguous_clone[cpu-every second element-float16]",
         ),
         (
@@ -1783,9 +1791,44 @@ MUTANTS = [
         (
             "SAM: old weights not read",
             "csrc/cpu/engine.cpp",
-            "from_source && i == Entry::param ? decode",
-            "false ? decode",
+            "values.from = mode.from_source ? entry.source.data",
+            "values.from = false ? entry.source.data",
             "test_sam.py::test_weights_come_back_to_the_bit[cpu-torch.float32]",
+        ),
+        (
+            "SAM: old weights not read, by tiles",
+            "csrc/cpu/engine.cpp",
+            "values.from = mode.from_source ? fetch(",
+            "values.from = false ? fetch(",
+            "test_sam.py::test_weights_come_back_to_the_bit[cpu-torch.bfloat16]",
+        ),
+        (
+            "stores past the caches: not what comes before the first whole vector",
+            "csrc/cpu/engine.cpp",
+            "  std::memcpy(to, from, size_t(i));\n",
+            "",
+            f"{PAST_CACHES}[torch.float32-AdamW]",
+        ),
+        (
+            "stores past the caches: not what comes after the last",
+            "csrc/cpu/engine.cpp",
+            "std::memcpy(to + i, from + i, size_t(bytes - i));",
+            "",
+            f"{PAST_CACHES}[torch.float32-AdamW]",
+        ),
+        (
+            "stores past the caches: values that are not encoded",
+            "csrc/cpu/engine.cpp",
+            "stream(stored.bytes, target,",
+            "stream(values.bytes, target,",
+            f"{PAST_CACHES}[torch.bfloat16-AdamW]",
+        ),
+        (
+            "stores past the caches: the gradient instead",
+            "csrc/cpu/engine.cpp",
+            "state >= 0 && i == Entry::first_state + state;",
+            "state >= 0 && i == Entry::grad;",
+            f"{PAST_CACHES}[torch.float32-AdamW]",
         ),
         (
             "SAM: CUDA reads the weights of the ascent",

@@ -34,6 +34,18 @@ def loops(functions, isa, name):
     return found
 
 
+def innermost_loops(code):
+    """Their instructions, without the jump back."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"^\s*([0-9a-f]+):\t(.+)$", code, flags=re.M)]
+    line_at = {at: line for line, (at, _) in enumerate(lines)}
+    for end, (_, text) in enumerate(lines):
+        jump = re.match(r"j\w+ +([0-9a-f]+)", text)
+        begin = line_at.get(int(jump[1], 16), end + 1) if jump else end + 1
+        body = [text for _, text in lines[begin:end]]
+        if body and not any(text.startswith("j") for text in body):
+            yield body
+
+
 def count(code, mnemonic, registers):
     return len(re.findall(rf"\b{mnemonic}\s.*%{registers}\d", code))
 
@@ -51,6 +63,22 @@ def test_every_update_loop_is_vectorised(functions, isa):
             scalars = len(re.findall(rf"\b{v}{operation}s{suffix}\b", code))
             packed = count(code, f"{v}{operation}p{suffix}", registers)
             assert packed >= (1 if scalars else 0), f"{name}: {scalars} scalar {operation}, {packed} packed"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_updates_load_before_they_store(functions, isa):
+    """A load that follows a store to the same offset in another page waits for it, which made steps half as long again."""
+    registers, v = ISAS[isa]
+    for name, code in loops(functions, isa, "update").items():
+        num_loops = 0
+        for body in innermost_loops(code):
+            stores = [bool(re.match(rf"{v}mov[au]p[sd] +%{registers}\d+,.*\(%r(?!sp|bp)", text)) for text in body]
+            if True not in stores:
+                continue
+            num_loops += 1
+            for text, is_store in list(zip(body, stores, strict=True))[stores.index(True) :]:
+                assert is_store or not re.search(r"\(%r(?!sp|bp|ip)", text), f"{name}: {text}"
+        assert num_loops > 0, name
 
 
 @pytest.mark.parametrize("isa", ISAS)

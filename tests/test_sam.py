@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 import pickle
 import signal
 import warnings
@@ -154,6 +155,36 @@ def test_weights_come_back_to_the_bit(precision, on_backend):
         set_grads()
         end()
         assert [bits(param) for param in params] == before
+
+
+@pytest.mark.parametrize("base", [fusedopt.AdamW, fusedopt.LAMB])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_beside_a_large_parameter_weights_move_as_beside_a_small_one(precision, base):
+    """With four million elements they are written past the caches; off alignment and with awkward ends too."""
+
+    def moved(numel):
+        params = [
+            *make_params(SHAPES, precision),
+            *(torch.nn.Parameter(randn((257 + offset,), precision, offset)[offset:]) for offset in range(8)),
+            *(odd_layouts() if precision == torch.float32 else []),
+            torch.nn.Parameter(torch.ones(numel, dtype=precision)),
+        ]
+        optimizer = fusedopt.SAM(params, base, rho=5.0, lr=0.1, weight_decay=0.125, backend="cpu")
+        seen = []
+        for step in range(2):
+            for end in (optimizer.first_step, optimizer.second_step):
+                for i, param in enumerate(params[:-1]):
+                    param.grad = randn(param.shape, precision, i + step)
+                params[-1].grad = torch.zeros_like(params[-1])  # adds nothing to the norm
+                end()
+                seen.append([bits(param) for param in params[:-1]] + [params[-1].unique().tolist()])
+        states = [{name: bits(value) for name, value in optimizer.state[param].items()} for param in params[:-1]]
+        return seen, states
+
+    few, many = moved(300), moved((1 << 22) + 5)
+    assert few == many
+    for before, after in itertools.pairwise(few[0]):
+        assert all(old != new or not old for old, new in zip(before[:-1], after[:-1], strict=True))
 
 
 @pytest.mark.parametrize("layout", range(3))

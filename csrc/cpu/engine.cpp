@@ -2,6 +2,7 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <emmintrin.h>
 #endif
 
 #include <algorithm>
@@ -120,13 +121,42 @@ void* decode(const Operand& operand, const Entry& entry, Compute compute, int64_
   return values.bytes;
 }
 
+// Copies past the caches: memory is written without being read first. Until finish_streams the copy may not be seen.
+void stream(const char* from, char* to, int64_t bytes) {
+  int64_t i = 0;
+#if defined(__x86_64__)
+  constexpr int64_t width = sizeof(__m128i);
+  i = std::min(int64_t(-reinterpret_cast<uintptr_t>(to) % width), bytes);
+  std::memcpy(to, from, size_t(i));
+  for (; i + width <= bytes; i += width)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#endif
+  std::memcpy(to + i, from + i, size_t(bytes - i));
+}
+
+void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The reverse of decode.
-void encode(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
+void encode(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, const Tile& values,
+            bool is_streamed = false) {
   Tile stored;
-  const bool is_strided = operand.strides != nullptr;
-  void* target = is_strided ? stored.bytes : operand.data + begin * itemsize(operand.dtype);
-  kernels().store[compute][int(operand.dtype)](values.bytes, target, count);
-  if (is_strided) copy_strided<false>(operand, entry.shape, begin, count, stored.bytes);
+  const auto store = kernels().store[compute][int(operand.dtype)];
+  char* const target = operand.data + begin * itemsize(operand.dtype);
+  if (operand.strides) {
+    store(values.bytes, stored.bytes, count);
+    copy_strided<false>(operand, entry.shape, begin, count, stored.bytes);
+  } else if (!is_streamed) {
+    store(values.bytes, target, count);
+  } else if (operand.dtype == dtype_of(compute)) {
+    stream(values.bytes, target, count * itemsize(operand.dtype));
+  } else {
+    store(values.bytes, stored.bytes, count);
+    stream(stored.bytes, target, count * itemsize(operand.dtype));
+  }
 }
 
 // The operand's values in the compute type: in place where memory already holds just that, else decoded into `values`.
@@ -146,7 +176,12 @@ void put_back(const Operand& operand, const Entry& entry, Compute compute, int64
 }
 
 constexpr int num_operands = Entry::first_state + max_states;
-using Values = void* [num_operands];
+
+// What a rule works on, in the compute type. The parameter is read from `from`, which is usually where it is written.
+struct Values {
+  const void* from;
+  void* of[num_operands];
+};
 
 // `sum` may be one of the two.
 template <class T>
@@ -214,13 +249,14 @@ void with_rows(const Entry& entry, int64_t begin, int64_t end, const Visit& visi
     if (piece.column == 0) prefetch_row(entry, piece.row + rows_ahead);
     const int64_t position = entry.rows->touched[piece.row] * entry.rows->elements + piece.column;
     for (int i = 0; i < num_operands; ++i) {
-      values[i] = i == Entry::grad ? const_cast<void*>(gradient(entry, compute, piece, tiles[i]))
-                                   : fetch(entry.operands[i], entry, compute, position, piece.count, tiles[i]);
+      values.of[i] = i == Entry::grad ? const_cast<void*>(gradient(entry, compute, piece, tiles[i]))
+                                      : fetch(entry.operands[i], entry, compute, position, piece.count, tiles[i]);
     }
+    values.from = values.of[Entry::param];
     visit(values, piece.count);
     if (is_updated) {
       for (int i = 0; i < num_operands; ++i) {
-        if (i != Entry::grad && values[i] != nullptr)
+        if (i != Entry::grad && values.of[i] != nullptr)
           put_back(entry.operands[i], entry, compute, position, piece.count, tiles[i]);
       }
     }
@@ -228,55 +264,74 @@ void with_rows(const Entry& entry, int64_t begin, int64_t end, const Visit& visi
   }
 }
 
+template <class T>
+constexpr int overwritten_states[num_rules] = {
+#define FO_OVERWRITTEN(name, ...) overwritten_state<__VA_ARGS__>,
+    FO_RULES(FO_OVERWRITTEN)
+#undef FO_OVERWRITTEN
+};
+
+struct Mode {
+  bool from_source;  // parameters are read where their `source` is
+  bool is_streamed;  // what is written and not read is written past the caches
+};
+
 // Calls visit(values, count) for tiles of a chunk, or once for all of it: each operand's elements in the compute type. What is
-// written to them is kept if they are updated. from_source: the parameter's come from there.
+// written to them is kept if they are updated.
 template <bool is_updated, class Visit>
-void with_values(const Entry& entry, int64_t begin, int64_t count, bool from_source, const Visit& visit) {
+void with_values(const Entry& entry, int64_t begin, int64_t count, Mode mode, const Visit& visit) {
   if (entry.rows) return with_rows<is_updated>(entry, begin, begin + count, visit);
+  const Compute compute = compute_of(entry);
+  const bool is_streamed = is_updated && mode.is_streamed;
+  const auto is_overwritten = [state = overwritten_states<float>[entry.rule], mode](int i) {
+    return i == Entry::param ? mode.from_source : state >= 0 && i == Entry::first_state + state;
+  };
   Values values;
-  if (!from_source && entry.is_direct()) {
+  if (!is_streamed && entry.is_direct() && (!mode.from_source || entry.source.is_direct(dtype_of(compute)))) {
     for (int i = 0; i < num_operands; ++i) {
       const Operand& operand = entry.operands[i];
-      values[i] = operand.data ? operand.data + begin * itemsize(operand.dtype) : nullptr;
+      values.of[i] = operand.data ? operand.data + begin * itemsize(operand.dtype) : nullptr;
     }
+    values.from = mode.from_source ? entry.source.data + begin * itemsize(entry.source.dtype) : values.of[Entry::param];
     return visit(values, count);
   }
-  const Compute compute = compute_of(entry);
-  Tile tiles[num_operands];
+  Tile source, tiles[num_operands];
   for (const int64_t end = begin + count; begin < end; begin += tile_elements) {
     const int64_t n = std::min<int64_t>(tile_elements, end - begin);
     for (int i = 0; i < num_operands; ++i) {
-      values[i] = from_source && i == Entry::param ? decode(entry.source, entry, compute, begin, n, tiles[i])
-                                                   : fetch(entry.operands[i], entry, compute, begin, n, tiles[i]);
+      const Operand& operand = entry.operands[i];
+      values.of[i] = operand.data && is_overwritten(i) ? tiles[i].bytes : fetch(operand, entry, compute, begin, n, tiles[i]);
     }
+    values.from = mode.from_source ? fetch(entry.source, entry, compute, begin, n, source) : values.of[Entry::param];
     visit(values, n);
     if (!is_updated) continue;
     for (int i = 0; i < num_operands; ++i) {
       const Operand& operand = entry.operands[i];
       if (i == Entry::grad || operand.data == nullptr) continue;
-      if (from_source && i == Entry::param) {
-        encode(operand, entry, compute, begin, n, tiles[i]);
+      if (is_overwritten(i)) {
+        encode(operand, entry, compute, begin, n, tiles[i], is_streamed);
       } else {
         put_back(operand, entry, compute, begin, n, tiles[i]);
       }
     }
   }
+  if (is_streamed) finish_streams();
 }
 
 bool has_sums(const Entry& entry) { return kernels().measure[in_float][entry.rule] != nullptr; }
 
-void update_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t count, bool from_source) {
+void update_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t count, Mode mode) {
   const auto update = kernels().update[compute_of(entry)][entry.rule];
-  with_values<true>(entry, begin, count, from_source, [&](const Values& values, int64_t n) {
-    update(rule, values[Entry::param], values[Entry::grad], values + Entry::first_state, n);
+  with_values<true>(entry, begin, count, mode, [&](const Values& values, int64_t n) {
+    update(rule, values.from, values.of[Entry::param], values.of[Entry::grad], values.of + Entry::first_state, n);
   });
 }
 
 // Adds what the rule measures of a chunk to `sums`.
-void measure_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t count, bool from_source, double* sums) {
+void measure_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t count, Mode mode, double* sums) {
   const auto measure = kernels().measure[compute_of(entry)][entry.rule];
-  with_values<false>(entry, begin, count, from_source, [&](const Values& values, int64_t n) {
-    measure(rule, values[Entry::param], values[Entry::grad], values + Entry::first_state, n, sums);
+  with_values<false>(entry, begin, count, mode, [&](const Values& values, int64_t n) {
+    measure(rule, values.from, values.of[Entry::grad], values.of + Entry::first_state, n, sums);
   });
 }
 
@@ -398,7 +453,7 @@ struct FunctorKey {
 };
 
 // Measures every active entry whose rule has Sums, and adapts its functor.
-void measure_entries(Table& table, std::vector<Functor>& functors, const std::vector<uint32_t>& functor_of, bool from_source,
+void measure_entries(Table& table, std::vector<Functor>& functors, const std::vector<uint32_t>& functor_of, Mode mode,
                      int num_threads) {
   std::vector<double> partial_sums(table.chunks.size() * max_sums);
   Team(int64_t(table.batches.size()), num_threads).run(Order::forwards, [&](int64_t i) {
@@ -407,7 +462,7 @@ void measure_entries(Table& table, std::vector<Functor>& functors, const std::ve
       const Entry& entry = table.entries[chunk.entry];
       if (!entry.is_active || !has_sums(entry)) continue;
       const Functor& functor = functors[functor_of[chunk.entry]];
-      measure_chunk(entry, functor.bytes, chunk.begin, chunk.count, from_source, &partial_sums[size_t(c) * max_sums]);
+      measure_chunk(entry, functor.bytes, chunk.begin, chunk.count, mode, &partial_sums[size_t(c) * max_sums]);
     }
   });
   std::vector<double> sums(table.entries.size() * max_sums);
@@ -465,6 +520,7 @@ int64_t first_nonfinite(const Table& table) {
 
 void update(Table& table, const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
             bool from_source, int num_threads, const std::function<void()>& lead) {
+  const Mode mode{from_source, table.numel >= Table::too_large_for_caches};
   // First all that can fail, then all that writes.
   table.make_batches(num_threads);
   Team team(int64_t(table.batches.size()), num_threads);
@@ -487,7 +543,7 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
     }
     functor_of[i] = uint32_t(functors.size() - 1);
   }
-  if (any_has_sums) measure_entries(table, functors, functor_of, from_source, num_threads);
+  if (any_has_sums) measure_entries(table, functors, functor_of, mode, num_threads);
 
   for (size_t i = 0; i < table.entries.size(); ++i) {
     const Entry& entry = table.entries[i];
@@ -503,7 +559,7 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
       const Chunk& chunk = table.chunks[c];
       const Entry& entry = table.entries[chunk.entry];
       if (!entry.is_active) continue;
-      update_chunk(entry, functors[functor_of[chunk.entry]].bytes, chunk.begin, chunk.count, from_source);
+      update_chunk(entry, functors[functor_of[chunk.entry]].bytes, chunk.begin, chunk.count, mode);
     }
   };
   team.run(Order::backwards, update_batch, lead);

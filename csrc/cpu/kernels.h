@@ -13,8 +13,10 @@ constexpr int tile_elements = 256;
 
 enum Compute { in_float, in_double };
 
-// param, grad and the states of `count` elements, all in the compute type; `rule` is the functor.
-using UpdateLoop = void (*)(const void* rule, void* param, const void* grad, void* const* state, int64_t count);
+// Parameter, gradient and states of `count` elements, all in the compute type; `rule` is the functor. The parameter's values
+// are read from `from`, which may be `param`.
+using UpdateLoop = void (*)(const void* rule, const void* from, void* param, const void* grad, void* const* state,
+                            int64_t count);
 // What a rule that has Sums adds up over `count` elements: into `sums`. Null for other rules.
 using MeasureLoop = void (*)(const void* rule, const void* param, const void* grad, const void* const* state, int64_t count,
                              double* sums);

@@ -28,22 +28,32 @@ FO_HD auto state_slot(void* data) {
   }
 }
 
+// All that an element needs is loaded before any of it is stored: large tensors begin at one offset in their pages, and a
+// load after a store to the same offset in another page waits for it.
 template <class Rule, class T, class... State>
-FO_HD void update_loop(const Rule rule, T* __restrict param, const T* __restrict grad, int64_t count, State... state) {
+FO_HD void update_loop(const Rule rule, const T* from, T* param, const T* __restrict grad, int64_t count, State... state) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) rule(param[i], grad[i], state[i]...);
+  for (int64_t i = 0; i < count; ++i) {
+    T value = from[i];
+    [&](auto... values) {
+      rule(value, grad[i], values...);
+      ((state[i] = values), ...);
+    }(T(state[i])...);
+    param[i] = value;
+  }
 }
 
 template <class Rule, class T, size_t... slot>
-FO_HD void update_slots(const void* rule, void* param, const void* grad, void* const* state, int64_t count,
-                        std::index_sequence<slot...>) {
-  update_loop(*static_cast<const Rule*>(rule), static_cast<T*>(param), static_cast<const T*>(grad), count,
+FO_HD void update_slots(const void* rule, const void* from, void* param, const void* grad, void* const* state,
+                        int64_t count, std::index_sequence<slot...>) {
+  update_loop(*static_cast<const Rule*>(rule), static_cast<const T*>(from), static_cast<T*>(param),
+              static_cast<const T*>(grad), count,
               state_slot<Rule::stores[slot], T>(state[slot])...);
 }
 
 template <class Rule, class T>
-void update(const void* rule, void* param, const void* grad, void* const* state, int64_t count) {
-  update_slots<Rule, T>(rule, param, grad, state, count, std::make_index_sequence<num_states<Rule>>());
+void update(const void* rule, const void* from, void* param, const void* grad, void* const* state, int64_t count) {
+  update_slots<Rule, T>(rule, from, param, grad, state, count, std::make_index_sequence<num_states<Rule>>());
 }
 
 // Running sums as in sum_of_squares below, of one member of the rule's Sums: GCC 12 does not vectorise several at once.

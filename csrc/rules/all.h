@@ -46,6 +46,12 @@ constexpr int num_rules = sizeof(rule_names) / sizeof(rule_names[0]);
 template <class Rule>
 constexpr int num_states = sizeof(Rule::stores) / sizeof(bool);
 
+// The state that a rule with `overwrites` writes without reading; -1: it has none.
+template <class Rule, class = void>
+constexpr int overwritten_state = -1;
+template <class Rule>
+constexpr int overwritten_state<Rule, std::void_t<decltype(Rule::overwrites)>> = Rule::overwrites;
+
 // A rule with a struct `Sums` of doubles depends on the whole tensor: what measure() gives for each element is added up
 // before any is updated, and adapt() folds the sums, and the number of elements, into the rule's scalars.
 template <class Rule, class = void>

@@ -12,6 +12,7 @@ struct SAM {
   };
   static constexpr const char* hyper_names = "rho adaptive";
   static constexpr bool stores[] = {true};  // old_param
+  static constexpr int overwrites = 0;      // which it never reads
 
   T length, plain_share, adaptive_share;
 
