@@ -99,15 +99,17 @@ def _torch(**implementation):
 
 @torch.no_grad()
 def _plain_sam(params, rho, step):
-    """SAM as it is usually written: tensor by tensor."""
-    norm = torch.stack([param.grad.norm() for param in params]).norm()
-    ascents = []
-    for param in params:
-        ascent = param.grad * (rho / (norm + 1e-12))
-        param.add_(ascent)
-        ascents.append(ascent)
-    for param, ascent in zip(params, ascents, strict=True):
-        param.sub_(ascent)
+    """Tensor by tensor, in the operations of the implementation that is copied most (github.com/davda54/sam): where ASAM
+    has a factor, SAM multiplies by 1.0. 92 bytes a parameter; without these products, and with weights restored by a
+    subtraction, not to the bit, it would be 68.
+    """
+    norm = torch.stack([(1.0 * param.grad).norm() for param in params]).norm()
+    weights = [param.data for param in params]
+    for param, old in zip(params, weights, strict=True):
+        param.data = old.clone()  # there it is the copy that comes back, but ours would have to follow the parameters
+        param.add_(1.0 * param.grad * (rho / (norm + 1e-12)))
+    for param, old in zip(params, weights, strict=True):
+        param.data = old
     step()
 
 
