@@ -282,10 +282,11 @@ template <bool is_updated, class Visit>
 void with_values(const Entry& entry, int64_t begin, int64_t count, Mode mode, const Visit& visit) {
   if (entry.rows) return with_rows<is_updated>(entry, begin, begin + count, visit);
   const Compute compute = compute_of(entry);
-  const bool is_streamed = is_updated && mode.is_streamed;
-  const auto is_overwritten = [state = overwritten_states<float>[entry.rule], mode](int i) {
+  const int state = overwritten_states<float>[entry.rule];
+  const auto is_overwritten = [&](int i) {
     return i == Entry::param ? mode.from_source : state >= 0 && i == Entry::first_state + state;
   };
+  const bool is_streamed = is_updated && mode.is_streamed && (mode.from_source || state >= 0);
   Values values;
   if (!is_streamed && entry.is_direct() && (!mode.from_source || entry.source.is_direct(dtype_of(compute)))) {
     for (int i = 0; i < num_operands; ++i) {
