@@ -108,6 +108,7 @@ class Bucket:
     def refresh(self) -> bool:
         if self._is_used:
             return False
+        rows = getattr(self._backend, "Rows", None)
         touched, self._active = [], []
         for position, (entry, seen) in enumerate(zip(self.entries, self._seen, strict=True)):
             grad = entry.param.grad
@@ -119,15 +120,20 @@ class Bucket:
                 continue
             if _kind(grad) != seen[1]:
                 return False
-            if not _is_readable(grad._values()) or not _is_readable(grad._indices()) or not has_rows_inside(grad):
+            if not _is_readable(grad._values()) or not _is_readable(grad._indices()):
+                return False
+            # `Rows` checks the rows itself; several indices make one row, which may be inside where they are not.
+            if (rows is None or grad.sparse_dim() != 1) and not has_rows_inside(grad):
                 return False
             part = touched_by(entry, grad)
             if part.values.untyped_storage().data_ptr() in self._written:  # else they would change on the way
                 part.values = part.values.clone()
             touched.append(part)
             self._active.append(position)
-        rows = getattr(self._backend, "Rows", None)
-        self._rows = rows(touched) if rows else Staged(self._rule, touched, self._backend.Bucket)
+        try:
+            self._rows = rows(touched) if rows else Staged(self._rule, touched, self._backend.Bucket)
+        except IndexError:  # a row beyond the parameter's
+            return False
         return True
 
     def release(self) -> None:

@@ -1916,6 +1916,20 @@ MUTANTS = [
             "test_sparse.py::test_large_row_numbers[cpu]",
         ),
         (
+            "sparse: numbers of rows cut to 32 bits",
+            "csrc/rows.h",
+            "if (std::max(count, num_rows) <= int64_t(UINT32_MAX)) {",
+            "if (true) {",
+            "test_sparse.py::test_more_rows_than_32_bits_number",
+        ),
+        (
+            "sparse: rows beyond the table are not named",
+            "fusedopt/sparse.py",
+            "        except IndexError:  # a row beyond the parameter's\n            return False\n",
+            "        except KeyError:\n            return False\n",
+            "test_sparse.py::test_refused_by_name[cpu-row beyond the table]",
+        ),
+        (
             "sparse: the last of a row's values is lost",
             "csrc/cpu/engine.cpp",
             "source < end; ++source",

@@ -270,6 +270,20 @@ def test_large_row_numbers(on_backend):
     check_rows(SPARSE_CASES[-1], table(shape), [sparse_grad(shape, rows)])
 
 
+def test_more_rows_than_32_bits_number():
+    """In memory of which next to nothing is touched; two rows differ by 2^32."""
+    try:
+        param = torch.nn.Parameter(torch.empty(2**32 + 8, dtype=torch.bfloat16))
+    except RuntimeError:
+        pytest.skip("no 8 GB of addresses")
+    rows = torch.tensor([2**32 + 5, 5, 7, 2**32 + 5])
+    with torch.no_grad():
+        param[rows] = 0.0
+    param.grad = torch.sparse_coo_tensor(rows[None], torch.tensor([1.0, 2, 4, 8], dtype=torch.bfloat16), param.shape)
+    fusedopt.SGD([param], lr=1.0, backend="cpu").step()
+    assert param.detach()[rows].tolist() == [-9, -2, -4, -9]
+
+
 # ---- beside dense gradients ----------------------------------------------------------------------------------------
 
 

@@ -196,10 +196,17 @@ struct Piece {
   int64_t row, column, count;  // row: index into the touched ones
 };
 
-// The one that begins with an element of those to be updated.
-Piece piece_at(const Rows& rows, int64_t begin, int64_t end) {
-  const int64_t row = begin / rows.elements, column = begin % rows.elements;
-  return {row, column, std::min({int64_t(tile_elements), rows.elements - column, end - begin})};
+// Calls visit(piece) for the elements [begin, end) of those to be updated.
+template <class Visit>
+void for_each_piece(const Rows& rows, int64_t begin, int64_t end, const Visit& visit) {
+  if (begin == end) return;
+  Piece piece{begin / rows.elements, begin % rows.elements, 0};  // divided once: that takes as long as a short row
+  for (; begin < end; begin += piece.count) {
+    piece.count = std::min({int64_t(tile_elements), rows.elements - piece.column, end - begin});
+    visit(piece);
+    piece.column += piece.count;
+    if (piece.column == rows.elements) piece = {piece.row + 1, 0, piece.count};
+  }
 }
 
 // Its gradient in the compute type, in place or in `sum`.
@@ -244,8 +251,7 @@ void with_rows(const Entry& entry, int64_t begin, int64_t end, const Visit& visi
   const Compute compute = compute_of(entry);
   Tile tiles[num_operands];
   Values values;
-  while (begin < end) {
-    const Piece piece = piece_at(*entry.rows, begin, end);
+  for_each_piece(*entry.rows, begin, end, [&](const Piece& piece) {
     if (piece.column == 0) prefetch_row(entry, piece.row + rows_ahead);
     const int64_t position = entry.rows->touched[piece.row] * entry.rows->elements + piece.column;
     for (int i = 0; i < num_operands; ++i) {
@@ -260,8 +266,7 @@ void with_rows(const Entry& entry, int64_t begin, int64_t end, const Visit& visi
           put_back(entry.operands[i], entry, compute, position, piece.count, tiles[i]);
       }
     }
-    begin += piece.count;
-  }
+  });
 }
 
 template <class T>
@@ -342,11 +347,9 @@ double sum_of_squares(const Entry& entry, int64_t begin, int64_t count, double s
   if (entry.rows) {
     const Compute compute = compute_of(entry);
     const auto sum = kernels().sum_of_squares[int(dtype_of(compute))];
-    for (const int64_t end = begin + count; begin < end;) {
-      const Piece piece = piece_at(*entry.rows, begin, end);
+    for_each_piece(*entry.rows, begin, begin + count, [&](const Piece& piece) {
       total += sum(gradient(entry, compute, piece, tile), scale, piece.count);
-      begin += piece.count;
-    }
+    });
     return total;
   }
   const Operand& grad = entry.operands[Entry::grad];
