@@ -186,7 +186,7 @@ struct Values {
 // `sum` may be one of the two.
 template <class T>
 void add(const void* left, const void* right, void* sum, int64_t count) {
-#pragma GCC ivdep
+  FO_INDEPENDENT
   for (int64_t i = 0; i < count; ++i)
     static_cast<T*>(sum)[i] = static_cast<const T*>(left)[i] + static_cast<const T*>(right)[i];
 }

@@ -6,6 +6,13 @@
 #include "../rules/all.h"
 #include "../storage.h"
 
+// Before a loop: what an iteration writes, no other one reads, though pointers may be the same.
+#if defined(__clang__)
+#define FO_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FO_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace fusedopt::cpu {
 
 // Tiles that need decoding are this long: small enough to stay in the L1 cache with five of their kind.

@@ -1,8 +1,8 @@
 // The loops over elements, included by one five-line file per instruction set, which defines FO_ISA. Everything here is
 // static, in a namespace of that name, or always inline: no symbol of one instruction set can stand in for another's.
 //
-// No option and no dtype is looked at inside a loop. Plain loops over restrict pointers: GCC 12 vectorises these, and
-// silently does not vectorise the same loop under `#pragma omp simd` once a rule takes its states by reference.
+// No option and no dtype is looked at inside a loop. Plain loops: GCC 12 vectorises these, and silently does not vectorise
+// the same ones under `#pragma omp simd` once a rule takes its states by reference.
 
 #include "kernels.h"
 
@@ -32,7 +32,7 @@ FO_HD auto state_slot(void* data) {
 // load after a store to the same offset in another page waits for it.
 template <class Rule, class T, class... State>
 FO_HD void update_loop(const Rule rule, const T* from, T* param, const T* __restrict grad, int64_t count, State... state) {
-#pragma GCC ivdep
+  FO_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     T value = from[i];
     [&](auto... values) {
