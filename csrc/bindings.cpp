@@ -307,6 +307,7 @@ class Bucket {
            const py::object& extra, const py::object& source, int rule, int group, bool is_strided) {
     Planned planned;
     planned.param = remember(param);
+    planned.param_type = Py_TYPE(param.ptr());
     planned.grad_layout = planned.param.layout;
     char* grad_data = nullptr;
     if (!grad.is_none()) {
@@ -368,32 +369,17 @@ class Bucket {
 
   void finish() {
     if (is_host_) table_.make_chunks();
-    for (const Planned& planned : planned_) {
-      if (planned.entry < 0) continue;
-      planned.for_each([this](const Seen& tensor) {
-        const int64_t extent = tensor.layout->extent();
-        if (extent > 0) written_.push_back({tensor.data, tensor.data + extent});
-      });
-    }
-    std::sort(written_.begin(), written_.end());
-    size_t last = 0;  // views woven into each other become one stretch
-    for (size_t i = 1; i < written_.size(); ++i) {
-      if (written_[i].first < written_[last].second) {
-        written_[last].second = std::max(written_[last].second, written_[i].second);
-      } else {
-        written_[++last] = written_[i];
-      }
-    }
-    if (!written_.empty()) written_.resize(last + 1);
+    find_written();
   }
 
   // Reads every parameter's, state's and gradient's address again. False: something is not as planned, make a new plan.
-  // Holds on to the gradients it saw until release(). It is waiting for memory, mostly, so several threads do it.
-  bool refresh(int num_threads) {
+  // may_move: parameters may lie elsewhere, apart from all else here. Holds on to the gradients it saw until release(). It is
+  // waiting for memory, mostly, so several threads do it.
+  bool refresh(int num_threads, bool may_move) {
     release();
     const int64_t count = int64_t(planned_.size());
     const int64_t piece = count < 512 ? 512 : 64;  // few are done before another thread has woken up
-    std::atomic<bool> is_same{true};
+    std::atomic<bool> is_same{true}, has_moved{false};
     bool are_grads_same = false;
     cpu::Team team((count + piece - 1) / piece, reader.offset == 0 ? 1 : num_threads);
     team.run(
@@ -401,11 +387,13 @@ class Bucket {
         [&](int64_t i) {
           for (size_t k = size_t(i * piece); k < size_t(std::min(count, (i + 1) * piece)); ++k) {
             prefetch_after(k);
-            if (!planned_[k].unmoved() || !counts_up(planned_[k])) is_same = false;
+            if (planned_[k].entry < 0) continue;
+            if (!planned_[k].are_states_unmoved() || !counts_up(planned_[k])) is_same = false;
+            if (!planned_[k].param.unmoved()) has_moved = true;
           }
         },
         [&] { are_grads_same = refresh_grads(); });
-    return is_same && are_grads_same;
+    return is_same && are_grads_same && (!has_moved || (may_move && follow_params()));
   }
 
   // The gradients' addresses, int64, in the order of add(); 0 where there is none, 1 for one without elements.
@@ -485,7 +473,7 @@ class Bucket {
   // A parameter and all that a step must find as it was.
   struct Planned {
     Seen param;
-    PyTypeObject* grad_type = nullptr;
+    PyTypeObject *param_type = nullptr, *grad_type = nullptr;
     const Layout* grad_layout = nullptr;
     bool may_be_lazy = false;  // the gradient, and the parameter too where it is complex
     Seen written[max_states + 3];  // states, step count, extra, source
@@ -498,14 +486,56 @@ class Bucket {
       for (int i = 0; i < num_written; ++i) visit(written[i]);
     }
 
-    bool unmoved() const {
-      if (entry < 0) return true;
-      for (int i = 0; i < num_written; ++i) {
-        if (!written[i].unmoved()) return false;
-      }
-      return param.unmoved();
+    bool are_states_unmoved() const {
+      return std::all_of(written, written + num_written, [](const Seen& state) { return state.unmoved(); });
     }
   };
+
+  // Where an update writes, into `written_`. False: some of it is woven into each other, or overlaps.
+  bool find_written() {
+    written_.clear();
+    for (const Planned& planned : planned_) {
+      if (planned.entry < 0) continue;
+      planned.for_each([this](const Seen& tensor) {
+        const int64_t extent = tensor.layout->extent();
+        if (extent > 0) written_.push_back({tensor.data, tensor.data + extent});
+      });
+    }
+    std::sort(written_.begin(), written_.end());
+    size_t last = 0;  // what is woven into each other becomes one stretch
+    for (size_t i = 1; i < written_.size(); ++i) {
+      if (written_[i].first < written_[last].second) {
+        written_[last].second = std::max(written_[last].second, written_[i].second);
+      } else {
+        written_[++last] = written_[i];
+      }
+    }
+    const bool are_apart = written_.empty() || last + 1 == written_.size();
+    if (!written_.empty()) written_.resize(last + 1);
+    return are_apart;
+  }
+
+  // Takes over the addresses of parameters that have been given other memory (`param.data = ...`), after refresh_grads.
+  // False: not as planned in something else too, or perhaps over memory of something else.
+  bool follow_params() {
+    TensorInfo now;
+    for (Planned& planned : planned_) {
+      if (planned.entry < 0 || planned.param.unmoved()) continue;
+      const Layout& layout = *planned.param.layout;
+      if (Py_TYPE(planned.param.object) != planned.param_type || !describe(planned.param.object, now) ||
+          !layout.fits(now) || !layout.is_on_device_of(now) || (now.data == nullptr && layout.extent() > 0) ||
+          is_lazy(planned.param.object))
+        return false;
+      planned.param.data = table_.entries[planned.entry].operands[Entry::param].data = now.data;
+    }
+    if (!find_written()) return false;
+    return std::all_of(planned_.begin(), planned_.end(), [this](const Planned& planned) {
+      if (planned.entry < 0 || !table_.entries[planned.entry].is_active) return true;
+      const char* grad = table_.entries[planned.entry].operands[Entry::grad].data;
+      const bool is_own = grad == planned.param.data && planned.grad_layout == planned.param.layout;
+      return is_own || !is_written(grad, planned.grad_layout->extent());
+    });
+  }
 
   // Whether an update may write between these addresses.
   bool is_written(const char* data, int64_t extent) const {
@@ -593,7 +623,7 @@ py::dict rule_table() {
     using T = double;                                                                                            \
     using Rule = __VA_ARGS__;                                                                                    \
     table[name] = py::make_tuple(index++, py::str(Rule::hyper_names), num_states<Rule>, SumsOf<Rule>::count);    \
-    static_assert(num_states<Rule> <= max_states);                                                               \
+    static_assert(num_states<Rule> <= max_states && overwritten_state<Rule> < num_states<Rule>);                 \
   }
   FO_RULES(FO_RULE)
 #undef FO_RULE
@@ -606,6 +636,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("interface") = FUSEDOPT_INTERFACE;
   m.attr("rules") = rule_table();
   m.attr("max_dims") = max_dims;
+  m.attr("large_table") = cpu::large_table;
 #if defined(_OPENMP)
   m.attr("has_openmp") = true;
 #else
@@ -633,7 +664,7 @@ PYBIND11_MODULE(_C, m) {
       .def("add_rows", &Bucket::add_rows, py::arg("param"), py::arg("keys"), py::arg("values"), py::arg("states"),
            py::arg("step"), py::arg("extra"), py::arg("rule"), py::arg("group"), py::arg("is_strided"))
       .def("finish", &Bucket::finish)
-      .def("refresh", &Bucket::refresh, py::arg("num_threads"))
+      .def("refresh", &Bucket::refresh, py::arg("num_threads"), py::arg("may_move"))
       .def("grad_addresses", &Bucket::grad_addresses)
       .def("release", &Bucket::release)
       .def("active", &Bucket::active)

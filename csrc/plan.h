@@ -90,20 +90,14 @@ struct Table {
   static constexpr int64_t min_batch_elements = 1 << 14, max_batch_elements = 1 << 20, batches_per_thread = 8;
   static constexpr int64_t chunk_overhead = 32;  // what a chunk costs beside its elements, in elements
 
-  // From so many elements on, a parameter, its gradient and states are gone from any cache before they are needed again.
-  static constexpr int64_t too_large_for_caches = 1 << 22;
-
   std::vector<Entry> entries;
-  int64_t numel = 0;  // of all entries
   std::vector<Chunk> chunks;
   std::vector<Batch> batches;
   std::vector<double> partial_sums;  // one per chunk
 
   void make_chunks() {
     chunks.clear();
-    numel = 0;
     for (size_t i = 0; i < entries.size(); ++i) {
-      numel += entries[i].numel;
       for (int64_t begin = 0; begin < entries[i].numel; begin += chunk_elements) {
         chunks.push_back({int32_t(i), int32_t(std::min(chunk_elements, entries[i].numel - begin)), begin});
       }

@@ -196,6 +196,8 @@ class Plan:
                 self.buckets.append(sparse.Bucket(self.rule, there, chosen_backend))
             else:
                 self.buckets.append(chosen_backend.Bucket(self.rule, there))
+        for bucket in self.buckets:
+            bucket.is_alone = len(self.buckets) == 1
         # None: then every bucket is good for one step.
         self._watch = _C.Watch(param_groups, self._state) if _C else None
         # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.

@@ -122,16 +122,20 @@ class Bucket:
                 return False
             if not _is_readable(grad._values()) or not _is_readable(grad._indices()):
                 return False
-            # `Rows` checks the rows itself; several indices make one row, which may be inside where they are not.
-            if (rows is None or grad.sparse_dim() != 1) and not has_rows_inside(grad):
+            # `Rows` checks rows that have elements. Several indices make one row, which may be inside where they are not.
+            is_checked = rows is not None and grad.sparse_dim() == 1 and grad._values().numel() > 0
+            if not is_checked and not has_rows_inside(grad):
                 return False
             part = touched_by(entry, grad)
             if part.values.untyped_storage().data_ptr() in self._written:  # else they would change on the way
                 part.values = part.values.clone()
             touched.append(part)
             self._active.append(position)
+        if rows is None:
+            self._rows = Staged(self._rule, touched, self._backend.Bucket)
+            return True
         try:
-            self._rows = rows(touched) if rows else Staged(self._rule, touched, self._backend.Bucket)
+            self._rows = rows(touched)
         except IndexError:  # a row beyond the parameter's
             return False
         return True

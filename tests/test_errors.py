@@ -28,6 +28,7 @@ from helpers import (
 )
 
 import fusedopt
+from fusedopt.errors import UNCHANGED
 from fusedopt.rules import RANGES
 
 pytestmark = pytest.mark.usefixtures("on_backend")
@@ -845,7 +846,7 @@ def test_wrong_number_of_hyperparameters_is_refused_by_the_engine():
     optimizer = fusedopt.NAdam(params)
     train(optimizer, params, 1)
     table = optimizer._plan.buckets[0]._table
-    table.refresh(1)
+    table.refresh(1, may_move=False)
     scalars, increment_version = optimizer._plan.scalars, torch.autograd.graph.increment_version
     for bad, coefs, kind in ((scalars[0][:-1], [1.0], ValueError), (scalars[0], [], IndexError)):
         with nothing_changes(optimizer), pytest.raises(kind):
@@ -884,6 +885,55 @@ def test_gradient_over_what_the_step_writes_is_refused(spec, what, other):
         optimizer.step()
     params[0].grad = pool[1:].clone()
     optimizer.step()
+
+
+@only_on("cpu", "follows parameters that have moved")
+@pytest.mark.parametrize("what", ["parameter", "state", "gradient"])
+@pytest.mark.parametrize("gap", [0, 1], ids=["the same", "one element on"])
+def test_parameter_over_what_a_step_needs_is_refused(what, gap):
+    """On a warm plan, where only the parameter has moved. Onto its own gradient it may, if both are the same memory."""
+    params = [torch.nn.Parameter(randn((40,), seed=i)) for i in range(3)]
+    optimizer = fusedopt.AdamW(params)
+    train(optimizer, params, 2)
+    pool = torch.empty(41)
+    inner = pool[: params[1].numel()]
+    for param in params:
+        param.grad = randn(param.shape, seed=7)
+    if what == "gradient":
+        params[1].grad = inner.copy_(params[1].grad)
+    else:
+        (params[1] if what == "parameter" else optimizer.state[params[1]]["exp_avg"]).data = inner
+    optimizer.step()
+    before = params[0].data
+    params[0].data = pool[gap : gap + 40]
+    with nothing_changes(optimizer), pytest.raises(ValueError, match=rf"shares memory with .*lie apart; {UNCHANGED}"):
+        optimizer.step()
+    params[0].data = before
+    optimizer.step()
+    if what == "gradient":
+        params[1].data = inner[:]
+        if gap == 0:
+            optimizer.step()
+        params[1].data = pool[1:]
+        with nothing_changes(optimizer), pytest.raises(ValueError, match="gradient shares memory with parameter"):
+            optimizer.step()
+
+
+def test_parameter_over_one_with_sparse_gradients_is_refused():
+    """Which is in another bucket."""
+    dense, table = torch.nn.Parameter(randn((40,))), torch.nn.Parameter(randn((10, 4)))
+    optimizer = fusedopt.SGD([dense, table], lr=0.1)
+
+    def set_grads():
+        dense.grad = randn((40,))
+        table.grad = randn((10, 4)).to_sparse(1)
+
+    set_grads()
+    optimizer.step()
+    dense.data = table.detach().view(-1)
+    set_grads()
+    with nothing_changes(optimizer), pytest.raises(ValueError, match="shares memory with parameter of"):
+        optimizer.step()
 
 
 @every_class

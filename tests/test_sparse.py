@@ -1,5 +1,6 @@
 """Sparse gradients: rows they touch move as by a dense step, no other row moves, and all else works as with dense ones."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -629,6 +630,15 @@ def test_refused_by_name(what, on_backend):
             opt.step()
         set_mixed_grads(params, 0)
         opt.step()
+
+
+def test_row_beyond_a_table_without_columns_is_refused(on_backend):
+    param = torch.nn.Parameter(torch.zeros(5, 0))
+    opt = fusedopt.SGD([param], lr=0.1)
+    for row, is_inside in ((4, True), (5, False), (-1, False), (0, True)):
+        param.grad = torch.sparse_coo_tensor([[row]], torch.ones(1, 0), (5, 0), check_invariants=False)
+        with contextlib.nullcontext() if is_inside else pytest.raises(RuntimeError, match="beyond its shape"):
+            opt.step()
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import fusedopt
 from fusedopt import _C
 from fusedopt.backends import cpu
+from fusedopt.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("on_backend")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -912,6 +913,36 @@ def test_parameters_and_gradients_that_swapped_places_are_followed(spec, reading
         torch.utils.swap_tensors(pair[1][0], torch.nn.Parameter(randn((13, 7), seed=99)))
         train(*pair, 2, 2)
     assert_close(params, plain_params, 1e-5)
+
+
+@only_on("cpu", "the others plan anew")
+@every_class
+def test_parameters_that_move_need_no_new_plan(spec, reading, monkeypatch):
+    """`param.data = ...` before every step, by hand or by a sharding library; 16-bit and strided ones too."""
+
+    def make():
+        params = [
+            *make_params(SHAPES),
+            torch.nn.Parameter(randn((6, 40))[:, ::3]),
+            *make_params([(33,)], torch.bfloat16),
+        ]
+        optimizer = spec.make(params)
+        train(optimizer, params, 1)
+        return params, optimizer
+
+    params, optimizer = make()
+    peers, peer = make()
+    monkeypatch.setattr(Plan, "make", None)
+    for step in range(1, 4):
+        kept = []
+        for param in params:
+            kept.append((param.data, param.data.clone()))
+            base = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype)
+            param.data = base.copy_(param.data)
+        train(optimizer, params, 1, step)
+        train(peer, peers, 1, step)
+        assert_same_bits(params, peers)
+        assert all(torch.equal(old, values) for old, values in kept)
 
 
 # ---- copies ------------------------------------------------------------------------------------------------------

@@ -121,24 +121,25 @@ void* decode(const Operand& operand, const Entry& entry, Compute compute, int64_
   return values.bytes;
 }
 
+#if defined(__x86_64__)
+constexpr bool can_stream = true;
+
 // Copies past the caches: memory is written without being read first. Until finish_streams the copy may not be seen.
 void stream(const char* from, char* to, int64_t bytes) {
-  int64_t i = 0;
-#if defined(__x86_64__)
   constexpr int64_t width = sizeof(__m128i);
-  i = std::min(int64_t(-reinterpret_cast<uintptr_t>(to) % width), bytes);
+  int64_t i = std::min(int64_t(-reinterpret_cast<uintptr_t>(to) % width), bytes);
   std::memcpy(to, from, size_t(i));
   for (; i + width <= bytes; i += width)
     _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-#endif
   std::memcpy(to + i, from + i, size_t(bytes - i));
 }
 
-void finish_streams() {
-#if defined(__x86_64__)
-  _mm_sfence();
+void finish_streams() { _mm_sfence(); }
+#else
+constexpr bool can_stream = false;
+void stream(const char*, char*, int64_t) {}
+void finish_streams() {}
 #endif
-}
 
 // The reverse of decode.
 void encode(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, const Tile& values,
@@ -180,7 +181,7 @@ constexpr int num_operands = Entry::first_state + max_states;
 // What a rule works on, in the compute type. The parameter is read from `from`, which is usually where it is written.
 struct Values {
   const void* from;
-  void* of[num_operands];
+  void* operands[num_operands];
 };
 
 // `sum` may be one of the two.
@@ -191,7 +192,7 @@ void add(const void* left, const void* right, void* sum, int64_t count) {
     static_cast<T*>(sum)[i] = static_cast<const T*>(left)[i] + static_cast<const T*>(right)[i];
 }
 
-// A piece of one row, or of neighbouring ones, of an entry that has rows; at most a tile.
+// A piece of a row of an entry that has rows; at most a tile.
 struct Piece {
   int64_t row, column, count;  // row: index into the touched ones
 };
@@ -200,12 +201,16 @@ struct Piece {
 template <class Visit>
 void for_each_piece(const Rows& rows, int64_t begin, int64_t end, const Visit& visit) {
   if (begin == end) return;
-  Piece piece{begin / rows.elements, begin % rows.elements, 0};  // divided once: that takes as long as a short row
-  for (; begin < end; begin += piece.count) {
-    piece.count = std::min({int64_t(tile_elements), rows.elements - piece.column, end - begin});
-    visit(piece);
-    piece.column += piece.count;
-    if (piece.column == rows.elements) piece = {piece.row + 1, 0, piece.count};
+  int64_t row = begin / rows.elements, column = begin % rows.elements;  // once: a division takes as long as a short row
+  while (begin < end) {
+    const int64_t count = std::min({int64_t(tile_elements), rows.elements - column, end - begin});
+    visit(Piece{row, column, count});
+    begin += count;
+    column += count;
+    if (column == rows.elements) {
+      ++row;
+      column = 0;
+    }
   }
 }
 
@@ -255,21 +260,21 @@ void with_rows(const Entry& entry, int64_t begin, int64_t end, const Visit& visi
     if (piece.column == 0) prefetch_row(entry, piece.row + rows_ahead);
     const int64_t position = entry.rows->touched[piece.row] * entry.rows->elements + piece.column;
     for (int i = 0; i < num_operands; ++i) {
-      values.of[i] = i == Entry::grad ? const_cast<void*>(gradient(entry, compute, piece, tiles[i]))
-                                      : fetch(entry.operands[i], entry, compute, position, piece.count, tiles[i]);
+      values.operands[i] = i == Entry::grad ? const_cast<void*>(gradient(entry, compute, piece, tiles[i]))
+                                            : fetch(entry.operands[i], entry, compute, position, piece.count, tiles[i]);
     }
-    values.from = values.of[Entry::param];
+    values.from = values.operands[Entry::param];
     visit(values, piece.count);
     if (is_updated) {
       for (int i = 0; i < num_operands; ++i) {
-        if (i != Entry::grad && values.of[i] != nullptr)
+        if (i != Entry::grad && values.operands[i] != nullptr)
           put_back(entry.operands[i], entry, compute, position, piece.count, tiles[i]);
       }
     }
   });
 }
 
-template <class T>
+template <class T>  // as FO_RULES names functors; for none it makes a difference
 constexpr int overwritten_states[num_rules] = {
 #define FO_OVERWRITTEN(name, ...) overwritten_state<__VA_ARGS__>,
     FO_RULES(FO_OVERWRITTEN)
@@ -278,7 +283,7 @@ constexpr int overwritten_states[num_rules] = {
 
 struct Mode {
   bool from_source;  // parameters are read where their `source` is
-  bool is_streamed;  // what is written and not read is written past the caches
+  bool is_large;     // the table is, so that what is written without being read is better written past the caches
 };
 
 // Calls visit(values, count) for tiles of a chunk, or once for all of it: each operand's elements in the compute type. What is
@@ -291,14 +296,14 @@ void with_values(const Entry& entry, int64_t begin, int64_t count, Mode mode, co
   const auto is_overwritten = [&](int i) {
     return i == Entry::param ? mode.from_source : state >= 0 && i == Entry::first_state + state;
   };
-  const bool is_streamed = is_updated && mode.is_streamed && (mode.from_source || state >= 0);
+  const bool is_streamed = can_stream && is_updated && mode.is_large && (mode.from_source || state >= 0);
   Values values;
   if (!is_streamed && entry.is_direct() && (!mode.from_source || entry.source.is_direct(dtype_of(compute)))) {
     for (int i = 0; i < num_operands; ++i) {
       const Operand& operand = entry.operands[i];
-      values.of[i] = operand.data ? operand.data + begin * itemsize(operand.dtype) : nullptr;
+      values.operands[i] = operand.data ? operand.data + begin * itemsize(operand.dtype) : nullptr;
     }
-    values.from = mode.from_source ? entry.source.data + begin * itemsize(entry.source.dtype) : values.of[Entry::param];
+    values.from = mode.from_source ? entry.source.data + begin * itemsize(entry.source.dtype) : values.operands[Entry::param];
     return visit(values, count);
   }
   Tile source, tiles[num_operands];
@@ -306,9 +311,10 @@ void with_values(const Entry& entry, int64_t begin, int64_t count, Mode mode, co
     const int64_t n = std::min<int64_t>(tile_elements, end - begin);
     for (int i = 0; i < num_operands; ++i) {
       const Operand& operand = entry.operands[i];
-      values.of[i] = operand.data && is_overwritten(i) ? tiles[i].bytes : fetch(operand, entry, compute, begin, n, tiles[i]);
+      values.operands[i] = operand.data && is_overwritten(i) ? tiles[i].bytes
+                                                             : fetch(operand, entry, compute, begin, n, tiles[i]);
     }
-    values.from = mode.from_source ? fetch(entry.source, entry, compute, begin, n, source) : values.of[Entry::param];
+    values.from = mode.from_source ? fetch(entry.source, entry, compute, begin, n, source) : values.operands[Entry::param];
     visit(values, n);
     if (!is_updated) continue;
     for (int i = 0; i < num_operands; ++i) {
@@ -329,7 +335,8 @@ bool has_sums(const Entry& entry) { return kernels().measure[in_float][entry.rul
 void update_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t count, Mode mode) {
   const auto update = kernels().update[compute_of(entry)][entry.rule];
   with_values<true>(entry, begin, count, mode, [&](const Values& values, int64_t n) {
-    update(rule, values.from, values.of[Entry::param], values.of[Entry::grad], values.of + Entry::first_state, n);
+    void* const* operands = values.operands;
+    update(rule, values.from, operands[Entry::param], operands[Entry::grad], operands + Entry::first_state, n);
   });
 }
 
@@ -337,7 +344,7 @@ void update_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t c
 void measure_chunk(const Entry& entry, const void* rule, int64_t begin, int64_t count, Mode mode, double* sums) {
   const auto measure = kernels().measure[compute_of(entry)][entry.rule];
   with_values<false>(entry, begin, count, mode, [&](const Values& values, int64_t n) {
-    measure(rule, values.from, values.of[Entry::grad], values.of + Entry::first_state, n, sums);
+    measure(rule, values.from, values.operands[Entry::grad], values.operands + Entry::first_state, n, sums);
   });
 }
 
@@ -524,7 +531,6 @@ int64_t first_nonfinite(const Table& table) {
 
 void update(Table& table, const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
             bool from_source, int num_threads, const std::function<void()>& lead) {
-  const Mode mode{from_source, table.numel >= Table::too_large_for_caches};
   // First all that can fail, then all that writes.
   table.make_batches(num_threads);
   Team team(int64_t(table.batches.size()), num_threads);
@@ -532,11 +538,15 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
   std::vector<uint32_t> functor_of(table.entries.size());
   FunctorKey last{-1, -1, in_float, 0, 0};
   bool any_has_sums = false;
+  int64_t numel = 0;
   for (size_t i = 0; i < table.entries.size(); ++i) {
     const Entry& entry = table.entries[i];
     if (!entry.is_active) continue;
+    if (from_source && entry.source.data == nullptr && entry.numel > 0)
+      throw std::invalid_argument("a parameter has no source to be read from");
     const FunctorKey key{entry.rule, entry.group, compute_of(entry), *entry.step + 1, entry.read_extra()};
     any_has_sums |= has_sums(entry);
+    numel += entry.numel;
     if (!(key == last) || has_sums(entry)) {
       if (hyper.at(key.group).size() != hyper_counts<double>[key.rule])
         throw std::invalid_argument("the number of hyperparameters is not the rule's");
@@ -547,6 +557,7 @@ void update(Table& table, const std::vector<std::vector<double>>& hyper, const s
     }
     functor_of[i] = uint32_t(functors.size() - 1);
   }
+  const Mode mode{from_source, numel >= large_table};
   if (any_has_sums) measure_entries(table, functors, functor_of, mode, num_threads);
 
   for (size_t i = 0; i < table.entries.size(); ++i) {

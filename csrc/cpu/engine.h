@@ -9,6 +9,9 @@
 
 namespace fusedopt::cpu {
 
+// From so many elements on, parameters, gradients and states are gone from most caches before they are needed again.
+constexpr int64_t large_table = 1 << 22;
+
 // The instruction sets of this build that this CPU has, widest first.
 std::vector<std::string> available_isas();
 

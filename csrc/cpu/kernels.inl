@@ -31,7 +31,7 @@ FO_HD auto state_slot(void* data) {
 // All that an element needs is loaded before any of it is stored: large tensors begin at one offset in their pages, and a
 // load after a store to the same offset in another page waits for it.
 template <class Rule, class T, class... State>
-FO_HD void update_loop(const Rule rule, const T* from, T* param, const T* __restrict grad, int64_t count, State... state) {
+FO_HD void update_loop(const Rule rule, const T* from, T* param, const T* grad, int64_t count, State... state) {
   FO_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     T value = from[i];
@@ -47,8 +47,7 @@ template <class Rule, class T, size_t... slot>
 FO_HD void update_slots(const void* rule, const void* from, void* param, const void* grad, void* const* state,
                         int64_t count, std::index_sequence<slot...>) {
   update_loop(*static_cast<const Rule*>(rule), static_cast<const T*>(from), static_cast<T*>(param),
-              static_cast<const T*>(grad), count,
-              state_slot<Rule::stores[slot], T>(state[slot])...);
+              static_cast<const T*>(grad), count, state_slot<Rule::stores[slot], T>(state[slot])...);
 }
 
 template <class Rule, class T>

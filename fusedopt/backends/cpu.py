@@ -85,6 +85,7 @@ class Bucket:
     """Entries in host memory, with their C++ tensor and chunk tables."""
 
     is_asynchronous = False
+    is_alone = False  # set by a plan that has no other bucket: the table then knows all memory that a step writes
 
     def __init__(self, rule: Rule, entries: Sequence[Entry]):
         self.entries = list(entries)
@@ -92,7 +93,7 @@ class Bucket:
         self._params = [entry.param for entry in self.entries]
 
     def refresh(self) -> bool:
-        return self._table.refresh(torch.get_num_threads())
+        return self._table.refresh(torch.get_num_threads(), may_move=self.is_alone)
 
     def release(self) -> None:
         self._table.release()

@@ -117,7 +117,9 @@ class Bucket(ABC):
     # ---- what a step needs on the device -----------------------------------------------------------------------
 
     def refresh(self) -> bool:
-        if self._is_used or (self._watch is not None and not self._watch.refresh(torch.get_num_threads())):
+        if self._is_used or (
+            self._watch is not None and not self._watch.refresh(torch.get_num_threads(), may_move=False)
+        ):
             return False
         if not self._tables:
             return True
