@@ -54,7 +54,7 @@ mutants: $(VENV)/built
 # A build apart; python itself is not sanitized, so the runtimes must be there before it (libstdc++ for their view of throw).
 sanitize: build/sanitize-address/built build/sanitize-thread/built
 	$(call sanitized,address,asan ubsan) tests/test_clip.py tests/test_errors.py tests/test_checkpoints.py \
-		tests/test_torch_contract.py tests/test_threads.py tests/test_parity.py tests/test_sparse.py -k "$(ADDRESS_TESTS)" $(ARGS)
+		tests/test_torch_contract.py tests/test_threads.py tests/test_parity.py tests/test_sparse.py tests/test_sam.py -k "$(ADDRESS_TESTS)" $(ARGS)
 	$(call sanitized,thread,tsan) tests/test_threads.py tests/test_torch_contract.py tests/test_sparse.py -k "$(THREAD_TESTS)" $(ARGS)
 
 # Not: those whose tensors are large; torch's and the reference backend's part; memory that grows, as freed memory is kept.

@@ -393,7 +393,8 @@ class Bucket {
           }
         },
         [&] { are_grads_same = refresh_grads(); });
-    return is_same && are_grads_same && (!has_moved || (may_move && follow_params()));
+    if (!is_same || !are_grads_same) return false;
+    return has_moved ? may_move && follow_params() : !is_grad_over_written_;
   }
 
   // The gradients' addresses, int64, in the order of add(); 0 where there is none, 1 for one without elements.
@@ -555,6 +556,7 @@ class Bucket {
   bool refresh_grads() {
     TensorInfo now;
     num_active_ = 0;
+    is_grad_over_written_ = false;
     held_.reserve(planned_.size());
     for (const Planned& planned : planned_) {
       const bool is_idle = planned.entry < 0;
@@ -578,7 +580,7 @@ class Bucket {
       if (now.data == nullptr && entry.numel > 0) return false;  // its storage was freed
       if (planned.may_be_lazy && (is_lazy(grad) || is_lazy(planned.param.object))) return false;
       char*& planned_data = entry.operands[Entry::grad].data;
-      if (now.data != planned_data && is_written(now.data, planned.grad_layout->extent())) return false;
+      is_grad_over_written_ |= now.data != planned_data && is_written(now.data, planned.grad_layout->extent());
       planned_data = now.data;
     }
     return true;
@@ -611,6 +613,7 @@ class Bucket {
   Table table_;
   std::vector<Planned> planned_;
   std::vector<std::pair<char*, char*>> written_;  // where parameters and states lie: sorted, apart; [begin, end)
+  bool is_grad_over_written_ = false;  // as far as parameters have not moved since
   std::vector<PyObject*> held_;
   size_t num_active_ = 0;
 };
