@@ -1497,12 +1497,14 @@ def test_nothing_grows_over_a_hundred_thousand_steps():
             optimizer.step()
         gc.collect()
 
-    run(2_000)
-    objects = len(gc.get_objects())  # first, as this list takes megabytes, which may stay with the process
-    memory = resident_bytes()
-    for _ in range(49):  # as long without a collection, Python keeps megabytes, once
-        run(2_000)
-    memory_later = resident_bytes()
+    def run_many(times):
+        for _ in range(times):
+            run(2_000)
+        return resident_bytes()
+
+    objects = len(gc.get_objects())
+    memory = run_many(13)  # Python takes two megabytes more within the first ten thousand steps, once
+    memory_later = run_many(37)
     objects_later = len(gc.get_objects())
     assert memory_later - memory < 1_000_000  # 10 bytes a step
     assert objects_later - objects < 100
