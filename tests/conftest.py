@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 
 import pytest
@@ -17,6 +18,10 @@ import torch
 from helpers import BACKENDS
 
 from fusedopt import backends
+
+with contextlib.suppress(ValueError):  # in another thread than the main one
+    # A process that a shell starts in the background ignores interrupts, which some tests send.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if sys.platform == "linux":
     # Keep freed memory instead of returning it to the kernel: page faults were most of the time of the parity tests.
