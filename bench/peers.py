@@ -106,9 +106,8 @@ def _plain_sam(params, rho, step):
     norm = torch.stack([(1.0 * param.grad).norm() for param in params]).norm()
     weights = [param.data for param in params]
     for param, old in zip(params, weights, strict=True):
-        param.data = (
-            old.clone()
-        )  # there the copy comes back; here parameters are shared, and are to stay where they were
+        # There the copy comes back; here the contestants share parameters, which are to stay where they were.
+        param.data = old.clone()
         param.add_(1.0 * param.grad * (rho / (norm + 1e-12)))
     for param, old in zip(params, weights, strict=True):
         param.data = old

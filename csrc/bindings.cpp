@@ -377,6 +377,9 @@ class Bucket {
   // waiting for memory, mostly, so several threads do it.
   bool refresh(int num_threads, bool may_move) {
     release();
+    // Addresses are taken over before all is known to be right: after an exception, or a False, this is no plan any more.
+    if (!is_sound_) return false;
+    is_sound_ = false;
     const int64_t count = int64_t(planned_.size());
     const int64_t piece = count < 512 ? 512 : 64;  // few are done before another thread has woken up
     std::atomic<bool> is_same{true}, has_moved{false};
@@ -394,7 +397,8 @@ class Bucket {
         },
         [&] { are_grads_same = refresh_grads(); });
     if (!is_same || !are_grads_same) return false;
-    return has_moved ? may_move && follow_params() : !is_grad_over_written_;
+    is_sound_ = has_moved ? may_move && follow_params() : !is_grad_over_written_;
+    return is_sound_;
   }
 
   // The gradients' addresses, int64, in the order of add(); 0 where there is none, 1 for one without elements.
@@ -547,7 +551,7 @@ class Bucket {
 
   // Whether a parameter's step count, and the other scalar that it may keep, are numbers >= 0.
   bool counts_up(const Planned& planned) const {
-    if (planned.entry < 0 || !is_host_) return true;
+    if (!is_host_) return true;
     const Entry& entry = table_.entries[planned.entry];
     return *entry.step >= 0 && entry.read_extra() >= 0;
   }
@@ -613,6 +617,7 @@ class Bucket {
   Table table_;
   std::vector<Planned> planned_;
   std::vector<std::pair<char*, char*>> written_;  // where parameters and states lie: sorted, apart; [begin, end)
+  bool is_sound_ = true;               // the last refresh came to its end and found all as planned
   bool is_grad_over_written_ = false;  // as far as parameters have not moved since
   std::vector<PyObject*> held_;
   size_t num_active_ = 0;

@@ -478,6 +478,13 @@ MUTANTS = [
             "test_errors.py::test_parameter_over_what_a_step_needs_is_refused[cpu-one element on-gradient]",
         ),
         (
+            "moved parameter: half a refresh goes on",
+            "csrc/bindings.cpp",
+            "if (!is_sound_) return false;",
+            "",
+            "test_errors.py::test_parameter_over_another_is_refused_after_an_interrupt_too[cpu]",
+        ),
+        (
             "moved parameter: over one of another bucket",
             "csrc/bindings.cpp",
             "may_move && follow_params()",

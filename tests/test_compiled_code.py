@@ -71,7 +71,7 @@ def test_every_update_loop_is_vectorised(functions, isa):
 @only_of_gcc
 @pytest.mark.parametrize("isa", ISAS)
 def test_updates_load_before_they_store(functions, isa):
-    """A load that follows a store to the same offset in another page waits for it, which made steps half as long again."""
+    """A load that follows a store to the same offset in another page waits for it."""
     registers, v = ISAS[isa]
     tensor = r"\(%r(?!sp\)|bp\)|ip\))"  # an address, but not of the stack or a constant
     for name, code in loops(functions, isa, "update").items():

@@ -919,6 +919,37 @@ def test_parameter_over_what_a_step_needs_is_refused(what, gap):
             optimizer.step()
 
 
+@only_on("cpu", "follows parameters that have moved")
+def test_parameter_over_another_is_refused_after_an_interrupt_too():
+    """It came when one parameter had been followed and the next had not; then that one is back."""
+
+    class Interrupting(torch.nn.Parameter):
+        is_armed = False
+
+        def is_neg(self):
+            if self.is_armed:
+                raise KeyboardInterrupt
+            return super().is_neg()
+
+    params = [
+        torch.nn.Parameter(randn((40,))),
+        Interrupting(randn((40,), seed=1)),
+        torch.nn.Parameter(randn((40,), seed=2)),
+    ]
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    train(optimizer, params, 2)
+    before = [param.data for param in params]
+    params[0].data, params[1].data = params[2].detach(), params[1].data.clone()
+    params[1].is_armed = True
+    with nothing_changes(optimizer), pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    params[1].is_armed, params[1].data = False, before[1]
+    with nothing_changes(optimizer), pytest.raises(ValueError, match="parameter shares memory with parameter of"):
+        optimizer.step()
+    params[0].data = before[0]
+    optimizer.step()
+
+
 def test_parameter_over_one_with_sparse_gradients_is_refused():
     """Which is in another bucket."""
     dense, table = torch.nn.Parameter(randn((40,))), torch.nn.Parameter(randn((10, 4)))

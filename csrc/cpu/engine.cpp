@@ -137,7 +137,7 @@ void stream(const char* from, char* to, int64_t bytes) {
 void finish_streams() { _mm_sfence(); }
 #else
 constexpr bool can_stream = false;
-void stream(const char*, char*, int64_t) {}
+void stream(const char* from, char* to, int64_t bytes) { std::memcpy(to, from, size_t(bytes)); }
 void finish_streams() {}
 #endif
 
