@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 
 #include "cpu/engine.h"
 #include "cpu/team.h"
@@ -69,6 +71,7 @@ PyObject* grad_of(PyObject* tensor) {
 // How to read a tensor through torch's stable ABI, once `use_torch` has found that it works.
 struct Reader : torch_abi::Functions {
   size_t offset = 0;  // of the at::Tensor in its Python object; 0: not found, read Python attributes instead
+  size_t storage_offset = 0;  // of the storage in what that points to; 0: not found, then it is not asked for early
   int32_t strided = 0;
   int32_t dtypes[num_dtypes] = {};
   int32_t complex64 = 0, complex128 = 0;
@@ -78,10 +81,10 @@ struct Reader : torch_abi::Functions {
 torch_abi::Handle handle_of(PyObject* tensor) { return reinterpret_cast<char*>(tensor) + reader.offset; }
 
 // Called at import: with torch.Tensor, the address of each of torch_functions (0 where this torch has none; or no addresses
-// at all), and some tensors with the address of what their at::Tensor points to. Returns whether the fast way of reading
-// can be used.
+// at all), and some tensors with the address of what their at::Tensor points to, and of their storage. Returns whether the
+// fast way of reading can be used.
 bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
-               const std::vector<std::pair<py::object, uintptr_t>>& known) {
+               const std::vector<std::tuple<py::object, uintptr_t, uintptr_t>>& known) {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   reader = Reader();
   if (functions.empty()) return false;
@@ -98,17 +101,26 @@ bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
   reader.dtypes[int(DType::float16)] = reader.dtype_float16();
   reader.complex64 = reader.dtype_complex64();
   reader.complex128 = reader.dtype_complex128();
-  // An at::Tensor is one pointer. Where it lies in the Python object is torch's own business, so look for it: the first
-  // thing in the object, or behind a flag (older versions).
-  for (const size_t offset : {sizeof(PyObject), sizeof(PyObject) + sizeof(void*)}) {
-    const auto is_there = [offset](const std::pair<py::object, uintptr_t>& pair) {
-      return *reinterpret_cast<uintptr_t*>(reinterpret_cast<char*>(pair.first.ptr()) + offset) == pair.second;
-    };
-    if (!std::all_of(known.begin(), known.end(), is_there)) continue;
-    reader.offset = offset;
-    return true;
-  }
-  return false;
+  // An at::Tensor is one pointer. Where it lies in the Python object, and the storage's in what it points to, is torch's own
+  // business, so look for them: the first thing in the object, or behind a flag (older versions); behind what every
+  // reference counted object begins with, of two words or three.
+  const auto find = [&known](std::initializer_list<size_t> offsets, auto begin_and_value) -> size_t {
+    for (const size_t offset : offsets) {
+      if (std::all_of(known.begin(), known.end(), [&](const auto& one) {
+            const auto [begin, value] = begin_and_value(one);
+            return *reinterpret_cast<uintptr_t*>(begin + offset) == value;
+          }))
+        return offset;
+    }
+    return 0;
+  };
+  reader.offset = find({sizeof(PyObject), sizeof(PyObject) + sizeof(void*)}, [](const auto& one) {
+    return std::pair(reinterpret_cast<uintptr_t>(std::get<0>(one).ptr()), std::get<1>(one));
+  });
+  if (reader.offset == 0) return false;
+  reader.storage_offset = find({2 * sizeof(void*), 3 * sizeof(void*)},
+                               [](const auto& one) { return std::pair(std::get<1>(one), std::get<2>(one)); });
+  return true;
 }
 
 // The same through Python attributes: slower, nothing else.
@@ -262,21 +274,33 @@ struct Layout {
   }
 };
 
+// Where what describes a tensor was when it was last read: cold when a step begins, in pieces that point to each other. Asking
+// for all of them at once hides that. Nothing is ever read from here; it may be gone.
+struct Trail {
+  const char *object = nullptr, *tensor = nullptr, *storage = nullptr;
+
+  Trail() = default;
+
+  // Of a live tensor.
+  explicit Trail(PyObject* now) : object(reinterpret_cast<const char*>(now)) {
+    if (reader.offset != 0) tensor = *static_cast<const char**>(handle_of(now));
+    if (reader.storage_offset != 0) storage = *reinterpret_cast<const char* const*>(tensor + reader.storage_offset);
+  }
+
+  // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops the call.
+  FO_HD void prefetch() const {
+    __builtin_prefetch(object);
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(tensor + 64 * line);
+    for (int line = 0; line < 2; ++line) __builtin_prefetch(storage + 64 * line);
+  }
+};
+
 // What a tensor was when the plan was made. The object is not owned: the Python side of the plan does that.
 struct Seen {
   PyObject* object = nullptr;
   char* data = nullptr;
   const Layout* layout = nullptr;
-
-  // What describes a tensor is cold when a step begins. Asking early hides that: first for the Python object, later for
-  // the tensor that it holds. Inlined by force: GCC takes a function that only prefetches for one without effect, and drops
-  // the call.
-  FO_HD void prefetch_object() const { __builtin_prefetch(handle_of(object)); }
-
-  FO_HD void prefetch_tensor() const {
-    const char* tensor = *static_cast<char**>(handle_of(object));
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(tensor + 64 * line);
-  }
+  Trail trail;
 
   // Still at the same address (and so on the same device), with the same layout.
   bool unmoved() const {
@@ -308,6 +332,8 @@ class Bucket {
     Planned planned;
     planned.param = remember(param);
     planned.param_type = Py_TYPE(param.ptr());
+    if (reader.storage_offset != 0)
+      planned.autograd = *reinterpret_cast<const char* const*>(planned.param.trail.tensor + reader.storage_offset + sizeof(void*));
     planned.grad_layout = planned.param.layout;
     char* grad_data = nullptr;
     if (!grad.is_none()) {
@@ -318,6 +344,7 @@ class Bucket {
     planned.grad_type = grad.is_none() ? tensor_type : Py_TYPE(grad.ptr());
     planned.may_be_lazy = planned.grad_layout->may_be_lazy();
     planned.entry = int(table_.entries.size());
+    planned.begin = planned.end = also_written_.size();
     Entry entry;
     entry.shape = planned.param.layout->shape;
     entry.numel = 1;
@@ -328,18 +355,18 @@ class Bucket {
     entry.operands[Entry::grad] = operand(grad_data, *planned.grad_layout, is_strided);
     for (size_t i = 0; i < states.size(); ++i) {
       if (states[i].is_none()) continue;
-      const Seen& state = planned.written[planned.num_written++] = remember(states[i]);
+      const Seen& state = also_written(planned, states[i]);
       entry.operands[Entry::first_state + i] = operand(state.data, *state.layout, is_strided);
     }
-    const Seen& count = planned.written[planned.num_written++] = remember(step);
+    const Seen& count = also_written(planned, step);
     entry.step = reinterpret_cast<float*>(count.data);
     if (!extra.is_none()) {
-      const Seen& scalar = planned.written[planned.num_written++] = remember(extra);
+      const Seen& scalar = also_written(planned, extra);
       entry.extra = scalar.data;
       entry.extra_dtype = DType(scalar.layout->dtype);
     }
     if (!source.is_none()) {
-      const Seen& saved = planned.written[planned.num_written++] = remember(source);
+      const Seen& saved = also_written(planned, source);
       entry.source = operand(saved.data, *saved.layout, is_strided);
     }
     table_.entries.push_back(std::move(entry));
@@ -361,7 +388,7 @@ class Bucket {
       throw std::invalid_argument("there must be a key for each row of the values");
     const int64_t* first = reinterpret_cast<const int64_t*>(info.data);
     const int64_t num_rows = elements > 0 ? entry.numel / elements : 0;
-    entry.rows.emplace(first, elements > 0 ? num_values : 0, num_rows, elements);
+    entry.rows = std::make_unique<Rows>(first, elements > 0 ? num_values : 0, num_rows, elements);
     entry.numel = int64_t(entry.rows->touched.size()) * elements;
     entry.operands[Entry::grad].strides = nullptr;
     entry.is_active = true;
@@ -389,9 +416,9 @@ class Bucket {
         cpu::Order::backwards,
         [&](int64_t i) {
           for (size_t k = size_t(i * piece); k < size_t(std::min(count, (i + 1) * piece)); ++k) {
-            prefetch_after(k);
+            prefetch_written(k + ahead);
             if (planned_[k].entry < 0) continue;
-            if (!planned_[k].are_states_unmoved() || !counts_up(planned_[k])) is_same = false;
+            if (!are_states_unmoved(planned_[k]) || !counts_up(planned_[k])) is_same = false;
             if (!planned_[k].param.unmoved()) has_moved = true;
           }
         },
@@ -469,42 +496,63 @@ class Bucket {
   size_t scratch_bytes() const {
     return table_.entries.size() * sizeof(Entry) + table_.chunks.size() * (sizeof(Chunk) + sizeof(double)) +
            table_.batches.size() * sizeof(Batch) + planned_.size() * sizeof(Planned) +
-           written_.size() * sizeof(written_[0]);
+           also_written_.size() * sizeof(Seen) + written_.size() * sizeof(written_[0]);
   }
 
  private:
-  static constexpr size_t prefetch_distance = 8;  // parameters
+  static constexpr size_t ahead = 4;  // parameters
 
   // A parameter and all that a step must find as it was.
   struct Planned {
     Seen param;
     PyTypeObject *param_type = nullptr, *grad_type = nullptr;
+    const char* autograd = nullptr;  // what holds the gradient, probably; only prefetched
     const Layout* grad_layout = nullptr;
+    Trail grad;  // of the last step
     bool may_be_lazy = false;  // the gradient, and the parameter too where it is complex
-    Seen written[max_states + 3];  // states, step count, extra, source
-    int num_written = 0;
-    int entry = -1;  // index into the table; -1: idle
-
-    template <class Visit>
-    FO_HD void for_each(Visit visit) const {
-      visit(param);
-      for (int i = 0; i < num_written; ++i) visit(written[i]);
-    }
-
-    bool are_states_unmoved() const {
-      return std::all_of(written, written + num_written, [](const Seen& state) { return state.unmoved(); });
-    }
+    size_t begin = 0, end = 0;  // into `also_written_`
+    int entry = -1;             // index into the table; -1: idle
   };
+
+  const Seen& also_written(Planned& planned, py::handle tensor) {
+    also_written_.push_back(remember(tensor));
+    ++planned.end;
+    return also_written_.back();
+  }
+
+  bool are_states_unmoved(const Planned& planned) const {
+    return std::all_of(also_written_.begin() + planned.begin, also_written_.begin() + planned.end,
+                       [](const Seen& state) { return state.unmoved(); });
+  }
+
+  // What refresh reads of a parameter and its states.
+  FO_HD void prefetch_written(size_t i) const {
+    if (i >= planned_.size()) return;
+    planned_[i].param.trail.prefetch();
+    for (size_t k = planned_[i].begin; k < planned_[i].end; ++k) also_written_[k].trail.prefetch();
+  }
+
+  // What refresh_grads reads: what leads from the parameter to its gradient, and the gradient, if it is the last step's.
+  FO_HD void prefetch_grad(size_t i) const {
+    if (i >= planned_.size()) return;
+    const Planned& planned = planned_[i];
+    __builtin_prefetch(planned.param.trail.object);
+    __builtin_prefetch(planned.param.trail.tensor);
+    __builtin_prefetch(planned.autograd);
+    planned.grad.prefetch();
+  }
 
   // Where an update writes, into `written_`. False: some of it is woven into each other, or overlaps.
   bool find_written() {
     written_.clear();
     for (const Planned& planned : planned_) {
       if (planned.entry < 0) continue;
-      planned.for_each([this](const Seen& tensor) {
+      const auto add = [this](const Seen& tensor) {
         const int64_t extent = tensor.layout->extent();
         if (extent > 0) written_.push_back({tensor.data, tensor.data + extent});
-      });
+      };
+      add(planned.param);
+      std::for_each(also_written_.begin() + planned.begin, also_written_.begin() + planned.end, add);
     }
     std::sort(written_.begin(), written_.end());
     size_t last = 0;  // what is woven into each other becomes one stretch
@@ -562,7 +610,9 @@ class Bucket {
     num_active_ = 0;
     is_grad_over_written_ = false;
     held_.reserve(planned_.size());
-    for (const Planned& planned : planned_) {
+    for (size_t i = 0; i < planned_.size(); ++i) {
+      prefetch_grad(i + ahead);
+      Planned& planned = planned_[i];
       const bool is_idle = planned.entry < 0;
       PyObject* grad = grad_of(planned.param.object);
       if (grad == nullptr) throw py::error_already_set();
@@ -586,14 +636,9 @@ class Bucket {
       char*& planned_data = entry.operands[Entry::grad].data;
       is_grad_over_written_ |= now.data != planned_data && is_written(now.data, planned.grad_layout->extent());
       planned_data = now.data;
+      planned.grad = Trail(grad);
     }
     return true;
-  }
-
-  FO_HD void prefetch_after(size_t i) const {
-    if (reader.offset == 0 || i + 2 * prefetch_distance >= planned_.size()) return;
-    planned_[i + 2 * prefetch_distance].for_each([](const Seen& tensor) __attribute__((always_inline)) { tensor.prefetch_object(); });
-    planned_[i + prefetch_distance].for_each([](const Seen& tensor) __attribute__((always_inline)) { tensor.prefetch_tensor(); });
   }
 
   Seen remember(py::handle tensor) {
@@ -602,10 +647,10 @@ class Bucket {
       throw std::invalid_argument("not a tensor with plain memory");
     Layout layout(info);
     for (const Layout& known : layouts_) {
-      if (known == layout) return {tensor.ptr(), info.data, &known};
+      if (known == layout) return {tensor.ptr(), info.data, &known, Trail(tensor.ptr())};
     }
     layouts_.push_back(std::move(layout));
-    return {tensor.ptr(), info.data, &layouts_.back()};
+    return {tensor.ptr(), info.data, &layouts_.back(), Trail(tensor.ptr())};
   }
 
   static Operand operand(char* data, const Layout& layout, bool is_strided) {
@@ -616,6 +661,7 @@ class Bucket {
   std::deque<Layout> layouts_;  // stay where they are as more come
   Table table_;
   std::vector<Planned> planned_;
+  std::vector<Seen> also_written_;  // beside the parameters: states, step count, extra, source of one after the other
   std::vector<std::pair<char*, char*>> written_;  // where parameters and states lie: sorted, apart; [begin, end)
   bool is_sound_ = true;               // the last refresh came to its end and found all as planned
   bool is_grad_over_written_ = false;  // as far as parameters have not moved since

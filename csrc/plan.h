@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
+#include <memory>
 #include <vector>
 
 #include "rows.h"
@@ -34,7 +34,7 @@ struct Entry {
   Operand operands[first_state + max_states];
   Operand source;            // where an update can read the parameter instead, which it still writes; data null: nowhere
   std::vector<int64_t> shape;
-  std::optional<Rows> rows;  // of a sparse gradient, whose operand is its values
+  std::unique_ptr<Rows> rows;  // of a sparse gradient, whose operand is its values
   int64_t numel = 0;         // to be updated: with rows, of these alone
   int rule = 0;              // index into the rules
   int group = 0;             // index into the hyperparameters of a step

@@ -10,8 +10,9 @@ Gradients are never written: after any of the three, ``p.grad`` is what ``backwa
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,13 +112,24 @@ class Clip:
     def __init__(self, max_grad_norm: float | None, nonfinite: str):
         self.max_grad_norm = check_max_norm("max_grad_norm", max_grad_norm)
         self.nonfinite = check_nonfinite(nonfinite)
-        self.grad_norm: torch.Tensor | None = None
+        self._grad_norm: torch.Tensor | Callable[[], torch.Tensor] | None = None
         self._num_skipped = 0
         self._num_skipped_on_device: torch.Tensor | None = None
         self._pending: Pending | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pending": None}  # a copy has other gradients
+        return {**self.__dict__, "_grad_norm": self.grad_norm, "_pending": None}  # a copy has other gradients
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The last norm. Made a tensor when someone asks: that takes as long as a fifth of a small step."""
+        if callable(self._grad_norm):
+            self._grad_norm = self._grad_norm()
+        return self._grad_norm
+
+    @grad_norm.setter
+    def grad_norm(self, value: torch.Tensor | Callable[[], torch.Tensor] | None) -> None:
+        self._grad_norm = value
 
     @property
     def skipped_steps(self) -> int | torch.Tensor:
@@ -182,8 +194,8 @@ class Clip:
             ValueError: ``grad_scale`` is not a positive number.
             RuntimeError: ``nonfinite="error"`` and the norm is NaN or infinite; or gradients changed after a deferred clip.
         """
-        grad_scale = _checked(plan, "grad_scale", 1.0 if grad_scale is None else grad_scale)
-        found_inf = _checked(plan, "found_inf", 0.0 if found_inf is None else found_inf, takes_bool=True)
+        grad_scale = 1.0 if grad_scale is None else _checked(plan, "grad_scale", grad_scale)
+        found_inf = 0.0 if found_inf is None else _checked(plan, "found_inf", found_inf, takes_bool=True)
         if self.nonfinite == "error" and plan.asynchronous is not None and plan.asynchronous.is_capturing:
             raise RuntimeError(
                 f"{plan.owner}: nonfinite='error' waits for the device, which no CUDA graph can; {UNCHANGED}"
@@ -208,7 +220,7 @@ class Clip:
             norm = plan.grad_norm() * abs(coef)
             is_finite = math.isfinite(norm)
             if self._pending is None and (is_finite or self.nonfinite != "error"):
-                self.grad_norm = torch.tensor(norm, dtype=plan.norm_dtype, device=plan.norm_device)
+                self.grad_norm = functools.partial(torch.tensor, norm, dtype=plan.norm_dtype, device=plan.norm_device)
             if self.max_grad_norm is not None:
                 coef *= coefficient(norm, self.max_grad_norm)
         if not is_finite and self.nonfinite == "error":
