@@ -1476,7 +1476,7 @@ MUTANTS = [
             "copy shares a deferred clip",
             "fusedopt/clip.py",
             '"_pending": None}',
-            '{**self.__dict__, "_pending": self._pending and Pending(self._pending.coef, True, {})}',
+            '"_pending": self._pending and Pending(self._pending.control, {})}',
             "test_clip.py::test_copy_of_an_optimizer_has_no_deferred_clip",
         ),
         (
