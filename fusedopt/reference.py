@@ -7,6 +7,8 @@ Called with float64 tensors they are what every kernel is proved against; they a
 Common symbols: θ parameter, g gradient, η ``lr``, λ ``weight_decay``, ε ``eps``.
 """
 
+from math import inf
+
 import torch
 
 
@@ -19,7 +21,7 @@ def total_norm(grads):
     if not grads:
         return torch.zeros((), dtype=torch.float64)
     largest = torch.stack([grad.abs().max().double() for grad in grads]).max()
-    if not 0 < largest < float("inf"):
+    if not 0 < largest < inf:
         return largest  # 0, inf or NaN
     return largest * torch.stack([torch.linalg.vector_norm(grad.double() / largest) for grad in grads]).norm()
 
@@ -216,12 +218,11 @@ def lamb(
     bias_correction2 = 1 - beta2**step if bias_correction else 1.0
     denom = (state["exp_avg_sq"] / bias_correction2).sqrt() + eps
     update = _with_l2(param, state["exp_avg"] / bias_correction1 / denom, weight_decay)
-    ratio = 1.0
     if always_adapt or weight_decay != 0:
-        squared_param, squared_update = (float(tensor.double().square().sum()) for tensor in (param, update))
-        if all(0 < squared < float("inf") for squared in (squared_param, squared_update)):
-            ratio = squared_param**0.5 / squared_update**0.5
-    return param - lr * ratio * update
+        squared_param, squared_update = param.double().square().sum(), update.double().square().sum()
+        is_measured = (squared_param > 0) & (squared_param < inf) & (squared_update > 0) & (squared_update < inf)
+        lr = (lr * torch.where(is_measured, squared_param.sqrt() / squared_update.sqrt(), 1.0)).to(param)
+    return param - lr * update
 
 
 def stableadamw(param, grad, state, step, *, lr, betas, eps, weight_decay, maximize=False):
@@ -236,10 +237,10 @@ def stableadamw(param, grad, state, step, *, lr, betas, eps, weight_decay, maxim
     state["exp_avg"] = beta1 * state["exp_avg"] + (1 - beta1) * grad
     state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
     root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt()
-    mean_square = (grad / root.clamp(min=eps)).double().square().mean() if grad.numel() else 0.0
-    lr = lr / max(1.0, float(mean_square) ** 0.5)  # as it is where the mean is NaN
+    rms = (grad / root.clamp(min=eps)).double().square().mean().sqrt()
+    lr = lr / torch.where(rms > 1, rms, 1.0)  # as it is where the mean is NaN
     update = state["exp_avg"] / (1 - beta1**step) / (root + eps)
-    return param * (1 - lr * weight_decay) - lr * update
+    return param * (1 - lr * weight_decay).to(param) - lr.to(param) * update
 
 
 def sam(param, grad, state, step, *, rho, adaptive, maximize=False):

@@ -1775,6 +1775,20 @@ MUTANTS = [
             "test_formula.py::test_header_in_double_is_the_reference_in_float64[LAMB(weight_decay=0.125)]",
         ),
         (
+            "LAMB: ratio off by a hundred thousandth",
+            "csrc/rules/lamb.h",
+            "step_size = T(lr * (std::sqrt",
+            "step_size = T(1.00001 * lr * (std::sqrt",
+            "test_fuzz.py::test_random_steps_are_the_reference_to_rounding[LAMB]",
+        ),
+        (
+            "StableAdamW: mean over one element more",
+            "csrc/rules/stableadamw.h",
+            "sums.squared_ratio / count",
+            "sums.squared_ratio / (count + 1)",
+            "test_fuzz.py::test_random_steps_are_the_reference_to_rounding[StableAdamW]",
+        ),
+        (
             "LAMB: adapts only what decays",
             "csrc/rules/lamb.h",
             "hyper.always_adapt != 0 || hyper.weight_decay != 0",
