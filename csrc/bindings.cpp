@@ -274,24 +274,33 @@ struct Layout {
   }
 };
 
-// Where what describes a tensor was when it was last read: cold when a step begins, in pieces that point to each other. Asking
-// for all of them at once hides that. Nothing is ever read from here; it may be gone.
+// Asks for `lines` cache lines. Inlined by force: GCC takes a function that only prefetches for one without effect, and drops
+// the call.
+FO_HD void prefetch(uintptr_t address, int lines) {
+  for (int line = 0; line < lines; ++line) __builtin_prefetch(reinterpret_cast<const void*>(address + 64 * line));
+}
+
+// Where what describes a tensor was when someone looked: cold when a step begins, in pieces that point to each other. Asking for
+// all of them at once hides that. Addresses, not pointers: nothing is ever read from there, it may be gone.
 struct Trail {
-  const char *object = nullptr, *tensor = nullptr, *storage = nullptr;
+  uintptr_t object = 0, tensor = 0, storage = 0;
+  uintptr_t autograd = 0;  // where a parameter's gradient is kept: what follows the storage, as far as one knows
 
   Trail() = default;
 
   // Of a live tensor.
-  explicit Trail(PyObject* now) : object(reinterpret_cast<const char*>(now)) {
-    if (reader.offset != 0) tensor = *static_cast<const char**>(handle_of(now));
-    if (reader.storage_offset != 0) storage = *reinterpret_cast<const char* const*>(tensor + reader.storage_offset);
+  explicit Trail(PyObject* now) : object(reinterpret_cast<uintptr_t>(now)) {
+    if (reader.storage_offset == 0) return;
+    tensor = *static_cast<uintptr_t*>(handle_of(now));
+    const uintptr_t* const parts = reinterpret_cast<const uintptr_t*>(tensor + reader.storage_offset);
+    storage = parts[0];
+    autograd = parts[1];
   }
 
-  // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops the call.
-  FO_HD void prefetch() const {
-    __builtin_prefetch(object);
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(tensor + 64 * line);
-    for (int line = 0; line < 2; ++line) __builtin_prefetch(storage + 64 * line);
+  FO_HD void prefetch_all() const {
+    prefetch(object, 1);
+    prefetch(tensor, 4);
+    prefetch(storage, 2);
   }
 };
 
@@ -332,8 +341,6 @@ class Bucket {
     Planned planned;
     planned.param = remember(param);
     planned.param_type = Py_TYPE(param.ptr());
-    if (reader.storage_offset != 0)
-      planned.autograd = *reinterpret_cast<const char* const*>(planned.param.trail.tensor + reader.storage_offset + sizeof(void*));
     planned.grad_layout = planned.param.layout;
     char* grad_data = nullptr;
     if (!grad.is_none()) {
@@ -506,7 +513,6 @@ class Bucket {
   struct Planned {
     Seen param;
     PyTypeObject *param_type = nullptr, *grad_type = nullptr;
-    const char* autograd = nullptr;  // what holds the gradient, probably; only prefetched
     const Layout* grad_layout = nullptr;
     Trail grad;  // of the last step
     bool may_be_lazy = false;  // the gradient, and the parameter too where it is complex
@@ -528,18 +534,18 @@ class Bucket {
   // What refresh reads of a parameter and its states.
   FO_HD void prefetch_written(size_t i) const {
     if (i >= planned_.size()) return;
-    planned_[i].param.trail.prefetch();
-    for (size_t k = planned_[i].begin; k < planned_[i].end; ++k) also_written_[k].trail.prefetch();
+    planned_[i].param.trail.prefetch_all();
+    for (size_t k = planned_[i].begin; k < planned_[i].end; ++k) also_written_[k].trail.prefetch_all();
   }
 
   // What refresh_grads reads: what leads from the parameter to its gradient, and the gradient, if it is the last step's.
   FO_HD void prefetch_grad(size_t i) const {
     if (i >= planned_.size()) return;
-    const Planned& planned = planned_[i];
-    __builtin_prefetch(planned.param.trail.object);
-    __builtin_prefetch(planned.param.trail.tensor);
-    __builtin_prefetch(planned.autograd);
-    planned.grad.prefetch();
+    const Trail& param = planned_[i].param.trail;
+    prefetch(param.object, 1);
+    prefetch(param.tensor, 1);
+    prefetch(param.autograd, 1);
+    planned_[i].grad.prefetch_all();
   }
 
   // Where an update writes, into `written_`. False: some of it is woven into each other, or overlaps.
@@ -580,6 +586,7 @@ class Bucket {
           is_lazy(planned.param.object))
         return false;
       planned.param.data = table_.entries[planned.entry].operands[Entry::param].data = now.data;
+      planned.param.trail = Trail(planned.param.object);
     }
     if (!find_written()) return false;
     return std::all_of(planned_.begin(), planned_.end(), [this](const Planned& planned) {

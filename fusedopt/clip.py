@@ -10,9 +10,8 @@ Gradients are never written: after any of the three, ``p.grad`` is what ``backwa
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,24 +111,13 @@ class Clip:
     def __init__(self, max_grad_norm: float | None, nonfinite: str):
         self.max_grad_norm = check_max_norm("max_grad_norm", max_grad_norm)
         self.nonfinite = check_nonfinite(nonfinite)
-        self._grad_norm: torch.Tensor | Callable[[], torch.Tensor] | None = None
+        self.grad_norm: torch.Tensor | None = None
         self._num_skipped = 0
         self._num_skipped_on_device: torch.Tensor | None = None
         self._pending: Pending | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_grad_norm": self.grad_norm, "_pending": None}  # a copy has other gradients
-
-    @property
-    def grad_norm(self) -> torch.Tensor | None:
-        """The last norm. Made a tensor when someone asks: that takes as long as a fifth of a small step."""
-        if callable(self._grad_norm):
-            self._grad_norm = self._grad_norm()
-        return self._grad_norm
-
-    @grad_norm.setter
-    def grad_norm(self, value: torch.Tensor | Callable[[], torch.Tensor] | None) -> None:
-        self._grad_norm = value
+        return {**self.__dict__, "_pending": None}  # a copy has other gradients
 
     @property
     def skipped_steps(self) -> int | torch.Tensor:
@@ -220,7 +208,7 @@ class Clip:
             norm = plan.grad_norm() * abs(coef)
             is_finite = math.isfinite(norm)
             if self._pending is None and (is_finite or self.nonfinite != "error"):
-                self.grad_norm = functools.partial(torch.tensor, norm, dtype=plan.norm_dtype, device=plan.norm_device)
+                self.grad_norm = torch.scalar_tensor(norm, dtype=plan.norm_dtype, device=plan.norm_device)
             if self.max_grad_norm is not None:
                 coef *= coefficient(norm, self.max_grad_norm)
         if not is_finite and self.nonfinite == "error":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import threading
@@ -13,34 +12,12 @@ from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fusedopt import backends, clip
 from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.plan import PARAM_DTYPES, Plan, compute_dtype, instead_of, new_state
 from fusedopt.rules import Rule, check_options, number
 from fusedopt.sparse import check_mode
-
-
-def _hooked(step: Callable) -> Callable:
-    """As torch wraps every optimizer's ``step``, in hooks and a mark in profiles, which takes as long as all else that a step
-    of few small parameters does; so only where there are any."""
-    watched = torch.optim.Optimizer.profile_hook_step(step)
-
-    @functools.wraps(step)
-    def hooked(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
-        is_watched = (
-            torch.autograd._profiler_enabled()
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-        )
-        # A subclass's own step has been wrapped by torch.
-        is_watched = is_watched and type(self).step is FusedOptimizer.step
-        return (watched if is_watched else step)(self, *args, **kwargs)
-
-    return hooked
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -118,7 +95,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     # ---- the step ----------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    @_hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
@@ -139,8 +115,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         with self._planned("step") as plan:
             self._clip.step(plan, *self._of_scaler())
         return loss
-
-    step.hooked = True  # torch has nothing to wrap
 
     def _of_scaler(self) -> tuple[Any, Any]:
         """Set by GradScaler: what to divide gradients by, and whether it found one that is not finite."""

@@ -7,8 +7,6 @@ Called with float64 tensors they are what every kernel is proved against; they a
 Common symbols: θ parameter, g gradient, η ``lr``, λ ``weight_decay``, ε ``eps``.
 """
 
-from math import inf
-
 import torch
 
 
@@ -21,7 +19,7 @@ def total_norm(grads):
     if not grads:
         return torch.zeros((), dtype=torch.float64)
     largest = torch.stack([grad.abs().max().double() for grad in grads]).max()
-    if not 0 < largest < inf:
+    if not 0 < largest < float("inf"):
         return largest  # 0, inf or NaN
     return largest * torch.stack([torch.linalg.vector_norm(grad.double() / largest) for grad in grads]).norm()
 
@@ -220,8 +218,8 @@ def lamb(
     update = _with_l2(param, state["exp_avg"] / bias_correction1 / denom, weight_decay)
     if always_adapt or weight_decay != 0:
         squared_param, squared_update = param.double().square().sum(), update.double().square().sum()
-        is_measured = (squared_param > 0) & (squared_param < inf) & (squared_update > 0) & (squared_update < inf)
-        lr = (lr * torch.where(is_measured, squared_param.sqrt() / squared_update.sqrt(), 1.0)).to(param)
+        is_adapted = _is_length(squared_param) & _is_length(squared_update)
+        lr = lr * torch.where(is_adapted, squared_param.sqrt() / squared_update.sqrt(), 1.0).item()
     return param - lr * update
 
 
@@ -238,9 +236,9 @@ def stableadamw(param, grad, state, step, *, lr, betas, eps, weight_decay, maxim
     state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * grad * grad
     root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt()
     rms = (grad / root.clamp(min=eps)).double().square().mean().sqrt()
-    lr = lr / torch.where(rms > 1, rms, 1.0)  # as it is where the mean is NaN
+    lr = lr / torch.where(rms > 1, rms, 1.0).item()  # as it is where the mean is NaN
     update = state["exp_avg"] / (1 - beta1**step) / (root + eps)
-    return param * (1 - lr * weight_decay).to(param) - lr.to(param) * update
+    return param * (1 - lr * weight_decay) - lr * update
 
 
 def sam(param, grad, state, step, *, rho, adaptive, maximize=False):
@@ -258,6 +256,11 @@ def sam(param, grad, state, step, *, rho, adaptive, maximize=False):
 def _with_l2(param, grad, weight_decay):
     """L2 regularisation: g + λθ. Without it θ is not looked at, so that an infinite θ does not make g NaN."""
     return grad + weight_decay * param if weight_decay != 0 else grad
+
+
+def _is_length(squared):
+    """Whether a length has that square; that of a masked tensor, which holds -inf, is none."""
+    return (squared > 0) & (squared < torch.inf)
 
 
 def _denominator(second_moment, eps, eps_inside_sqrt):

@@ -189,24 +189,6 @@ def test_grad_norm_is_the_norm_before_clipping(way, dtype):
         assert float(optimizer.grad_norm) == pytest.approx(true_norm(params), rel=tolerance)
 
 
-def test_grad_norm_is_one_tensor_until_the_next_step():
-    """Made when someone asks, but of the step it is of."""
-    params = make_params(SHAPES)
-    optimizer = fusedopt.AdamW(params, max_grad_norm=0.25)
-    for seed in (1, 2):  # nobody asks after the first
-        set_grads(params, seed)
-        optimizer.step()
-    copied = copy.deepcopy(optimizer)
-    norm = optimizer.grad_norm
-    true = true_norm(params)
-    set_grads([param for param in params if param.grad is not None], 3)
-    assert optimizer.grad_norm is norm
-    assert float(norm) == float(copied.grad_norm) == pytest.approx(true, rel=1e-7)
-    optimizer.step()
-    assert float(norm) == pytest.approx(true, rel=1e-7)
-    assert float(optimizer.grad_norm) == pytest.approx(true_norm(params), rel=1e-7)
-
-
 def test_clip_returns_the_norm():
     params = make_params(SHAPES)
     set_grads(params, 0)

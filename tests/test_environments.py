@@ -154,6 +154,13 @@ def test_unusable_extension_is_a_reason_and_a_slower_backend(reports, name, expe
     assert f"not cpu: {reason}" in report["doctor"] and "CPU kernels  none" in report["doctor"]
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="there is one process")
+@pytest.mark.xdist_group("alone")
+def test_groups_of_tests_share_a_process(request):
+    """Some releases of pytest and pytest-xdist do not get along: all still passes, but takes minutes longer."""
+    assert request.node.nodeid.endswith("@alone")
+
+
 @pytest.mark.xdist_group("crippled copies")
 def test_fallback_is_said_once_at_the_users_own_line_and_never_to_who_chose_it(reports):
     chosen, first, second = reports["absent"]["warnings"]

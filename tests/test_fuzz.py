@@ -98,6 +98,9 @@ class Rounded:
 
     def __mul__(self, other):
         if isinstance(other, Rounded):
+            info = max(self.info, other.info, key=lambda info: info.eps)
+            if self.info != info or other.info != info:
+                return self._in(info) * other._in(info)
             carried = np.abs(self.value) * other.error + self.error * (np.abs(other.value) + other.error)
             return self._result(self.value * other.value, carried)
         return self._result(self.value * other, self.error * abs(other), 1, 1 + np.abs(self.value))
@@ -128,7 +131,8 @@ class Rounded:
         return self._is(self.value < other, other)
 
     def _is(self, answer, other):
-        return Rounded(answer, np.where(np.abs(self.value - other) <= self.error, np.inf, 0.0), self.info)
+        is_certain = (self.error == 0) | (np.abs(self.value - other) > self.error)
+        return Rounded(answer, np.where(is_certain, 0.0, np.inf), self.info)
 
     def __and__(self, other):
         return Rounded(self.value & other.value, np.maximum(self.error, other.error), self.info)
@@ -136,21 +140,25 @@ class Rounded:
     def _rounded(self, number: float) -> Rounded:
         return Rounded(np.float64(number), self.info.eps / 2 * abs(number), self.info)
 
+    def _in(self, info: torch.finfo) -> Rounded:
+        """Rounded to that precision, if it is another."""
+        return self if self.info == info else Rounded(self.value, self.error, info)._result(self.value, self.error)
+
     def double(self):
         return Rounded(self.value, self.error, torch.finfo(torch.float64))
 
-    def to(self, other: Rounded):
-        """In its precision."""
-        return Rounded(self.value, self.error, other.info)._result(self.value, self.error)
+    def item(self):
+        return self
 
     def square(self):
         return self * self
 
     def sum(self):
         """In any order."""
-        carried = np.broadcast_to(self.error, self.value.shape).sum()
-        error = carried + self.value.size * self.info.eps / 2 * np.abs(self.value).sum()
-        return Rounded(self.value.sum(), error, self.info)
+        error = np.broadcast_to(self.error, self.value.shape)
+        largest = (np.abs(self.value) + error).sum()
+        error = error.sum() + self.value.size * self.info.eps / 2 * largest
+        return Rounded(self.value.sum(), np.where(largest > self.info.max, np.inf, error), self.info)
 
     def mean(self):
         return self.sum() / float(self.value.size or np.nan)
@@ -166,7 +174,7 @@ class Rounded:
         return self._result(root, np.maximum(np.sqrt(self.value + self.error) - root, root - low))
 
     def clamp(self, min):
-        return Rounded(np.maximum(self.value, min), self.error, self.info)
+        return Rounded(np.maximum(self.value, min), np.maximum(self.error, self.info.eps / 2 * min), self.info)
 
     def isnan(self) -> torch.Tensor:
         return torch.from_numpy(np.asarray(np.isnan(self.value)))
@@ -187,7 +195,7 @@ class Rounded:
         if not isinstance(b, cls):
             b = a._rounded(b)
         value, error = (np.where(condition.value, x, y) for x, y in ((a.value, b.value), (a.error, b.error)))
-        either = np.abs(a.value - b.value) + np.maximum(a.error, b.error)
+        either = np.nan_to_num(np.abs(a.value - b.value) + np.maximum(a.error, b.error), nan=np.inf)
         return cls(value, np.where(condition.error > 0, either, error), a.info)
 
     def bound(self, stored: torch.dtype) -> np.ndarray:

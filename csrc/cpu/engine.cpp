@@ -394,11 +394,13 @@ FO_HD void prefetch_chunk(const Table& table, int32_t c, int32_t end, int first,
   if (c >= end) return;
   const Chunk& chunk = table.chunks[c];
   const Entry& entry = table.entries[chunk.entry];
+  if (!entry.is_active || entry.rows) return;
   for (int i = first; i <= last; ++i) {
     const Operand& operand = entry.operands[i];
     const int64_t bytes = chunk.count * itemsize(operand.dtype);
     if (operand.data == nullptr || operand.strides || bytes > longest) continue;
-    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(operand.data + offset);
+    const char* const begin = operand.data + chunk.begin * itemsize(operand.dtype);
+    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(begin + offset);
   }
 }
 
