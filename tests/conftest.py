@@ -15,7 +15,7 @@ if "FUSEDOPT_TEST_GPU" not in os.environ:
     import cuda_emulator  # noqa: F401
 
 import torch
-from helpers import BACKENDS
+from helpers import BACKENDS, CLASSES_ON
 
 from fusedopt import backends
 
@@ -38,16 +38,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("on_backend", marker.args if marker else BACKENDS, indirect=True)
 
 
-# Classes that contract tests run with on these backends, besides `cpu`, where they run with all and in every dtype: those that
-# differ in what is kept and how (no step count, a second scalar, sums over tensors). FUSEDOPT_TEST_ALL=1: all everywhere.
-# The rules' own mathematics has tests for each backend (test_parity.py, test_device.py).
-CLASSES = {
-    "reference": ("SGD", "Adagrad", "AdamW", "NAdam", "LAMB"),
-    "cuda": ("SGD", "AdamW", "NAdam", "LAMB"),
-    "triton": ("AdamW",),  # its interpreter is slow
-}
-
-
 def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if _is_left_out(getattr(getattr(item, "callspec", None), "params", {}))]
     config.hook.pytest_deselected(items=left_out)
@@ -56,8 +46,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _is_left_out(params):
-    classes = CLASSES.get(params.get("on_backend"))
-    if classes is None or os.environ.get("FUSEDOPT_TEST_ALL") == "1":
+    classes = CLASSES_ON.get(params.get("on_backend"))
+    if classes is None:
         return False
     names = [str(params[key]).partition("(")[0] for key in ("spec", "case", "base") if key in params]
     return params.get("dtype", torch.float32) != torch.float32 or any(name not in classes for name in names)

@@ -72,6 +72,23 @@ every_class = pytest.mark.parametrize("spec", SPECS, ids=str)
 every_twin = pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.twin_name], ids=str)
 
 
+# Classes that contract tests run with on these backends, besides `cpu`, where they run with all and in every dtype: those that
+# differ in what is kept and how (no step count, a second scalar, sums over tensors). FUSEDOPT_TEST_ALL=1: all everywhere.
+# The rules' own mathematics has tests for each backend (test_parity.py, test_device.py).
+CLASSES_ON = {
+    "reference": ("SGD", "Adagrad", "AdamW", "NAdam", "LAMB"),
+    "cuda": ("SGD", "AdamW", "NAdam", "LAMB"),
+    "triton": ("AdamW",),  # its interpreter is slow
+}
+if os.environ.get("FUSEDOPT_TEST_ALL") == "1":
+    CLASSES_ON = {}
+
+
+def specs_on(backend: str) -> list[Spec]:
+    """For contract tests of all classes at once."""
+    return [spec for spec in SPECS if spec.name in CLASSES_ON.get(backend, (spec.name,))]
+
+
 def only_on(backend: str, why: str) -> pytest.MarkDecorator:
     """Marks a contract test that says nothing new on the other backends."""
     return pytest.mark.only_on(backend, why=why)

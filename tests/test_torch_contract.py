@@ -36,6 +36,7 @@ from helpers import (
     randn,
     run_in_fork,
     set_grads,
+    specs_on,
     train,
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -1066,10 +1067,10 @@ def assert_paired(optimizer, param, clone):
 
 @every_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_steps_as_its_contiguous_clone(layout, dtype):
+def test_any_layout_steps_as_its_contiguous_clone(layout, dtype, on_backend):
     """Bitwise, for every class; and not one element beyond the parameter is written."""
     stateless = functools.partial(fusedopt.SGD, lr=0.01)  # nothing beside the view and a gradient of its very strides
-    for make in (*(spec.make for spec in SPECS), stateless):
+    for make in (*(spec.make for spec in specs_on(on_backend)), stateless):
         view, buffer, outside = laid_out(layout, dtype, 1)
         before = buffer[outside].clone()
         param, clone = torch.nn.Parameter(view), torch.nn.Parameter(view.clone(memory_format=torch.contiguous_format))
@@ -1117,9 +1118,9 @@ GRADIENTS = {
 @every_dtype
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("layout", ["matrix", "transposed matrix", "every second element", "columns with gaps"])
-def test_gradient_may_have_other_strides_than_its_parameter(layout, gradient, dtype):
+def test_gradient_may_have_other_strides_than_its_parameter(layout, gradient, dtype, on_backend):
     """Elements are paired by index, never by address; also when the strides change between steps."""
-    for spec in SPECS:
+    for spec in specs_on(on_backend):
         view, buffer, outside = laid_out(layout, dtype, 1)
         before = buffer[outside].clone()
         param, clone = torch.nn.Parameter(view), torch.nn.Parameter(view.clone(memory_format=torch.contiguous_format))
