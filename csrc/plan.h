@@ -32,16 +32,16 @@ struct Entry {
   static constexpr int param = 0, grad = 1, first_state = 2;
 
   Operand operands[first_state + max_states];
-  Operand source;            // where an update can read the parameter instead, which it still writes; data null: nowhere
+  Operand source;              // where an update can read the parameter instead, which it still writes; data null: nowhere
   std::vector<int64_t> shape;
   std::unique_ptr<Rows> rows;  // of a sparse gradient, whose operand is its values
-  int64_t numel = 0;         // to be updated: with rows, of these alone
-  int rule = 0;              // index into the rules
-  int group = 0;             // index into the hyperparameters of a step
-  float* step = nullptr;     // the parameter's step count, advanced by an update
-  char* extra = nullptr;     // a second scalar that some rules keep per parameter, float32 or float64; or null
+  int64_t numel = 0;           // to be updated: with rows, of these alone
+  int rule = 0;                // index into the rules
+  int group = 0;               // index into the hyperparameters of a step
+  float* step = nullptr;       // the parameter's step count, advanced by an update
+  char* extra = nullptr;       // a second scalar that some rules keep per parameter, float32 or float64; or null
   DType extra_dtype = DType::float32;
-  bool is_active = false;    // has a gradient in this step
+  bool is_active = false;      // has a gradient in this step
 
   double read_extra() const {
     if (extra == nullptr) return 0;
