@@ -208,7 +208,7 @@ class Clip:
             norm = plan.grad_norm() * abs(coef)
             is_finite = math.isfinite(norm)
             if self._pending is None and (is_finite or self.nonfinite != "error"):
-                self.grad_norm = torch.scalar_tensor(norm, dtype=plan.norm_dtype, device=plan.norm_device)
+                self.grad_norm = torch.tensor(norm, dtype=plan.norm_dtype, device=plan.norm_device)
             if self.max_grad_norm is not None:
                 coef *= coefficient(norm, self.max_grad_norm)
         if not is_finite and self.nonfinite == "error":
