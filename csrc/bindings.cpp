@@ -3,12 +3,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <deque>
 #include <memory>
 #include <optional>
 #include <stdexcept>
-#include <tuple>
 
 #include "cpu/engine.h"
 #include "cpu/team.h"
@@ -81,10 +81,10 @@ struct Reader : torch_abi::Functions {
 torch_abi::Handle handle_of(PyObject* tensor) { return reinterpret_cast<char*>(tensor) + reader.offset; }
 
 // Called at import: with torch.Tensor, the address of each of torch_functions (0 where this torch has none; or no addresses
-// at all), and some tensors with the address of what their at::Tensor points to, and of their storage. Returns whether the
-// fast way of reading can be used.
+// at all), and of some tensors the addresses of the Python object, of what its at::Tensor points to, and of their storage.
+// Returns whether the fast way of reading can be used.
 bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
-               const std::vector<std::tuple<py::object, uintptr_t, uintptr_t>>& known) {
+               const std::vector<std::array<uintptr_t, 3>>& known) {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   reader = Reader();
   if (functions.empty()) return false;
@@ -104,22 +104,18 @@ bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
   // An at::Tensor is one pointer. Where it lies in the Python object, and the storage's in what it points to, is torch's own
   // business, so look for them: the first thing in the object, or behind a flag (older versions); behind what every
   // reference counted object begins with, of two words or three.
-  const auto find = [&known](std::initializer_list<size_t> offsets, auto begin_and_value) -> size_t {
+  const auto find = [&known](size_t k, std::initializer_list<size_t> offsets) -> size_t {
     for (const size_t offset : offsets) {
-      if (std::all_of(known.begin(), known.end(), [&](const auto& one) {
-            const auto [begin, value] = begin_and_value(one);
-            return *reinterpret_cast<uintptr_t*>(begin + offset) == value;
-          }))
-        return offset;
+      const auto leads_on = [k, offset](const auto& addresses) {
+        return *reinterpret_cast<const uintptr_t*>(addresses[k] + offset) == addresses[k + 1];
+      };
+      if (std::all_of(known.begin(), known.end(), leads_on)) return offset;
     }
     return 0;
   };
-  reader.offset = find({sizeof(PyObject), sizeof(PyObject) + sizeof(void*)}, [](const auto& one) {
-    return std::pair(reinterpret_cast<uintptr_t>(std::get<0>(one).ptr()), std::get<1>(one));
-  });
+  reader.offset = find(0, {sizeof(PyObject), sizeof(PyObject) + sizeof(void*)});
   if (reader.offset == 0) return false;
-  reader.storage_offset = find({2 * sizeof(void*), 3 * sizeof(void*)},
-                               [](const auto& one) { return std::pair(std::get<1>(one), std::get<2>(one)); });
+  reader.storage_offset = find(1, {2 * sizeof(void*), 3 * sizeof(void*)});
   return true;
 }
 
@@ -274,14 +270,8 @@ struct Layout {
   }
 };
 
-// Asks for `lines` cache lines. Inlined by force: GCC takes a function that only prefetches for one without effect, and drops
-// the call.
-FO_HD void prefetch(uintptr_t address, int lines) {
-  for (int line = 0; line < lines; ++line) __builtin_prefetch(reinterpret_cast<const void*>(address + 64 * line));
-}
-
-// Where what describes a tensor was when someone looked: cold when a step begins, in pieces that point to each other. Asking for
-// all of them at once hides that. Addresses, not pointers: nothing is ever read from there, it may be gone.
+// Where what describes a tensor was when someone looked: cold when a step begins, in pieces that point to each other. Asking
+// for all of them at once hides that. Addresses, not pointers: nothing is ever read from there, it may be gone.
 struct Trail {
   uintptr_t object = 0, tensor = 0, storage = 0;
   uintptr_t autograd = 0;  // where a parameter's gradient is kept: what follows the storage, as far as one knows
@@ -298,9 +288,9 @@ struct Trail {
   }
 
   FO_HD void prefetch_all() const {
-    prefetch(object, 1);
-    prefetch(tensor, 4);
-    prefetch(storage, 2);
+    prefetch(object, 64);
+    prefetch(tensor, 256);
+    prefetch(storage, 128);
   }
 };
 
@@ -542,9 +532,7 @@ class Bucket {
   FO_HD void prefetch_grad(size_t i) const {
     if (i >= planned_.size()) return;
     const Trail& param = planned_[i].param.trail;
-    prefetch(param.object, 1);
-    prefetch(param.tensor, 1);
-    prefetch(param.autograd, 1);
+    for (const uintptr_t part : {param.object, param.tensor, param.autograd}) prefetch(part, 64);
     planned_[i].grad.prefetch_all();
   }
 

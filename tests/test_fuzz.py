@@ -98,9 +98,9 @@ class Rounded:
 
     def __mul__(self, other):
         if isinstance(other, Rounded):
-            info = max(self.info, other.info, key=lambda info: info.eps)
-            if self.info != info or other.info != info:
-                return self._in(info) * other._in(info)
+            if self.info != other.info:
+                coarser = max(self.info, other.info, key=lambda info: info.eps)
+                return self._in(coarser) * other._in(coarser)
             carried = np.abs(self.value) * other.error + self.error * (np.abs(other.value) + other.error)
             return self._result(self.value * other.value, carried)
         return self._result(self.value * other, self.error * abs(other), 1, 1 + np.abs(self.value))

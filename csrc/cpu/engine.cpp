@@ -232,21 +232,20 @@ const void* gradient(const Entry& entry, Compute compute, const Piece& piece, Ti
 }
 
 // Asks for what a row needs, some rows ahead: no hardware guesses where the next one lies. Of long rows only for the
-// beginning. Inlined by force: GCC takes a function that only prefetches for one without effect, and drops the call.
+// beginning.
 FO_HD void prefetch_row(const Entry& entry, int64_t row) {
   const Rows& rows = *entry.rows;
   if (row >= int64_t(rows.touched.size())) return;
-  const auto prefetch = [&rows](const Operand& operand, int64_t at) __attribute__((always_inline)) {
+  const auto prefetch_operand = [&rows](const Operand& operand, int64_t at) __attribute__((always_inline)) {
     if (operand.data == nullptr || operand.strides) return;
     const int64_t bytes = rows.elements * itemsize(operand.dtype);
-    const char* begin = operand.data + at * bytes;
-    for (int64_t offset = 0; offset < std::min<int64_t>(bytes, 1024); offset += 64) __builtin_prefetch(begin + offset);
+    prefetch(reinterpret_cast<uintptr_t>(operand.data + at * bytes), std::min<int64_t>(bytes, 1024));
   };
   for (int i = 0; i < num_operands; ++i) {
-    if (i != Entry::grad) prefetch(entry.operands[i], rows.touched[row]);
+    if (i != Entry::grad) prefetch_operand(entry.operands[i], rows.touched[row]);
   }
   for (int64_t k = rows.first[row]; k < std::min(rows.first[row + 1], rows.first[row] + 4); ++k)
-    prefetch(entry.operands[Entry::grad], rows.source[k]);
+    prefetch_operand(entry.operands[Entry::grad], rows.source[k]);
 }
 
 // The same of the rows that a sparse gradient touches, of which an update reads and writes nothing else.
@@ -388,7 +387,7 @@ double weighted_sum_of_squares(const Entry& entry, int64_t begin, int64_t count,
 constexpr int32_t chunks_ahead = 4;
 
 // Asks, that many chunks ahead, for operands `first` to `last` of a short chunk of a batch: no hardware guesses where the next
-// tensor lies, and one of a few lines is over before any notices that it is walked. Inlined by force, as prefetch_row.
+// tensor lies, and one of a few lines is over before any notices that it is walked.
 FO_HD void prefetch_chunk(const Table& table, int32_t c, int32_t end, int first, int last) {
   constexpr int64_t longest = 1024;  // bytes
   if (c >= end) return;
@@ -399,8 +398,7 @@ FO_HD void prefetch_chunk(const Table& table, int32_t c, int32_t end, int first,
     const Operand& operand = entry.operands[i];
     const int64_t bytes = chunk.count * itemsize(operand.dtype);
     if (operand.data == nullptr || operand.strides || bytes > longest) continue;
-    const char* const begin = operand.data + chunk.begin * itemsize(operand.dtype);
-    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(begin + offset);
+    prefetch(reinterpret_cast<uintptr_t>(operand.data + chunk.begin * itemsize(operand.dtype)), bytes);
   }
 }
 

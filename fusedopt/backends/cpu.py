@@ -27,7 +27,7 @@ def _use_torch() -> bool:
     except OSError:
         functions = []
     tensors = [torch.empty(3), torch.nn.Parameter(torch.empty(2, 2)), torch.empty((), dtype=torch.float64)]
-    known = [(tensor, tensor._cdata, getattr(tensor.untyped_storage(), "_cdata", 0)) for tensor in tensors]
+    known = [(id(tensor), tensor._cdata, getattr(tensor.untyped_storage(), "_cdata", 0)) for tensor in tensors]
     return _C.use_torch(torch.Tensor, functions, known)
 
 
