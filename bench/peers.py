@@ -60,18 +60,30 @@ class Contestant:
     make: Callable[[BenchRule, list[torch.nn.Parameter], bool, float], Callable[[], Any] | None]
 
 
+def _scheduled(optimizer, step):
+    """The step, each time with another learning rate, as a schedule sets it: options are then read anew."""
+    group = optimizer.param_groups[0]
+
+    def scheduled():
+        group["lr"] *= 1 - 2**-20
+        step()
+
+    return scheduled
+
+
 def _ours(backend=None):
     def make(rule, params, clip, lr):
         options = dict(lr=lr, max_grad_norm=MAX_NORM if clip else None, backend=backend, **rule.kwargs)
         if rule.sam_rho is None:
-            return rule.ours(params, **options).step
+            optimizer = rule.ours(params, **options)
+            return _scheduled(optimizer, optimizer.step)
         optimizer = fusedopt.SAM(params, rule.ours, rho=rule.sam_rho, **options)
 
         def both_steps():
             optimizer.first_step()
             optimizer.second_step()
 
-        return both_steps
+        return _scheduled(optimizer, both_steps)
 
     return make
 
@@ -91,7 +103,7 @@ def _torch(**implementation):
             torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
             optimizer.step()
 
-        step = clip_and_step if clip else optimizer.step
+        step = _scheduled(optimizer, clip_and_step if clip else optimizer.step)
         return step if rule.sam_rho is None else functools.partial(_plain_sam, params, rule.sam_rho, step)
 
     return make

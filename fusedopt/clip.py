@@ -86,7 +86,10 @@ class Control:
         """The same on the device of a bucket that is asynchronous; None if there is nothing to multiply with."""
         if self.on_device is not None:
             return self.on_device.to(bucket.device, non_blocking=True)
-        return None if self == Control() else bucket.control(self.coef, self.is_finite)
+        return None if self == UNCLIPPED else bucket.control(self.coef, self.is_finite)
+
+
+UNCLIPPED = Control()
 
 
 @dataclass(frozen=True)
@@ -146,11 +149,11 @@ class Clip:
             RuntimeError: a gradient is new or was written to since, so that clipping it would be wrong.
         """
         if self._pending is None:
-            return Control()
+            return UNCLIPPED
         active = plan.active()
         if is_replaceable and not any(self._pending.knows(entry.param.grad) for entry in active):
             self.forget()
-            return Control()
+            return UNCLIPPED
         changed = [entry for entry in active if not self._pending.is_for(entry.param.grad)]
         if changed:
             raise RuntimeError(

@@ -16,7 +16,7 @@ import torch
 from fusedopt import backends, clip
 from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.plan import PARAM_DTYPES, Plan, compute_dtype, instead_of, new_state
-from fusedopt.rules import Rule, check_options, number
+from fusedopt.rules import Rule, number, read_options
 from fusedopt.sparse import check_mode
 
 
@@ -78,7 +78,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             where = f"{type(self).__name__}: param_groups[{index}]"
             try:
-                check_options(self.rule, group)
+                read_options(self.rule, group)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{where}: {error}") from None
             for i, name, param in named_params(group):
@@ -304,7 +304,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if len(saved["params"]) != len(group["params"]):
                 yield f"param_groups[{g}] has {len(saved['params'])} parameters, the optimizer's {len(group['params'])}"
             try:
-                check_options(self.rule, {**self.defaults, **saved})
+                read_options(self.rule, {**self.defaults, **saved})
             except (ValueError, TypeError) as error:
                 yield f"param_groups[{g}]: {error}"
 

@@ -22,8 +22,9 @@ from fusedopt import backends, sparse
 from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.extension import _C
 from fusedopt.interrupts import uninterrupted
-from fusedopt.rules import Rule, check_options, flag, is_elsewhere, number
+from fusedopt.rules import Options, Rule, is_elsewhere, number, read_options, with_lr
 
+_NOTHING = contextlib.nullcontext()
 MAX_DIMS = 64  # of torch's reductions and of the C++ table
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
@@ -135,7 +136,7 @@ class Plan:
         self.rule = rule
         self.is_lazy = is_lazy
         self._state = state
-        self._options = [None] * len(param_groups)
+        self._options: list[Options | None] = [None] * len(param_groups)
         self._seen: list[tuple[list, list] | None] = [None] * len(param_groups)  # the groups that _options is of
         self._read_options(param_groups)
         self._fresh: list[tuple[Entry, float, list[str]]] = []  # its step count then, names of the states made
@@ -226,46 +227,49 @@ class Plan:
 
     def _may_be_captured(self, param_groups: list[dict[str, Any]]) -> bool:
         """True; or an error, if a CUDA graph is being captured that would not do in a replay what it does now."""
-        if any(isinstance(bucket, sparse.Bucket) and bucket.is_capturing for bucket in self.buckets):
+        capturing = [bucket for bucket in self.buckets if bucket.is_capturing]
+        if any(isinstance(bucket, sparse.Bucket) for bucket in capturing):
             raise RuntimeError(
                 f"{self.owner}: a CUDA graph is being captured, which cannot hold sparse gradients; {UNCHANGED}"
             )
-        if any(bucket.is_asynchronous and bucket.is_capturing for bucket in self.buckets):
-            for index, group in enumerate(param_groups):
-                if not group.get("capturable", True):  # some classes have no such option, as in torch
-                    raise RuntimeError(
-                        f"{self.owner}: param_groups[{index}]: a CUDA graph is being captured, which needs "
-                        f"capturable=True; {UNCHANGED}"
-                    )
+        for index, group in enumerate(param_groups if capturing else ()):
+            if not group.get("capturable", True):  # some classes have no such option, as in torch
+                raise RuntimeError(
+                    f"{self.owner}: param_groups[{index}]: a CUDA graph is being captured, which needs "
+                    f"capturable=True; {UNCHANGED}"
+                )
         return True
 
     def _read_options(self, param_groups: list[dict[str, Any]]) -> bool:
         """Takes over the groups' hyperparameters, validated where they changed. False: they select other kernels, or other
         gradients may be sparse."""
-        if all(map(_is_as_seen, param_groups, self._seen)):
+        changed = [index for index, group in enumerate(param_groups) if not _is_as_seen(group, self._seen[index])]
+        if not changed:
             return True
-        is_same_kernel = True
-        known = list(self._options)  # replaced only when all groups are valid: a refusal must not lose a change
-        for index, group in enumerate(param_groups):
+        # Replaced only when all groups are valid: a refusal must not lose a change.
+        read, seen = [*self._options], [*self._seen]
+        for index in changed:
+            group = param_groups[index]
             if not isinstance(group, dict):
                 kind = type(group).__name__
                 raise TypeError(f"{self.owner}: param_groups[{index}] is a {kind}, not a dict; {UNCHANGED}")
             try:
-                variant, is_exact = self.rule.variant(group), self.rule.is_sparse_exact(group)
-                options = (self.rule.scalars(group), flag("maximize", group["maximize"]), variant, is_exact)
-                if _are_same(options, known[index]) and not group.get("differentiable"):
-                    continue
-                check_options(self.rule, group)
+                scheduled = _but_for_lr(group, seen[index])
+                if scheduled:
+                    read[index], seen[index] = with_lr(self.rule, read[index], group["lr"]), scheduled
+                else:
+                    read[index], seen[index] = read_options(self.rule, group), _seen(group)
             except (ValueError, TypeError, KeyError) as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{self.owner}: param_groups[{index}]: {reason}; {UNCHANGED}") from None
-            is_same_kernel &= known[index] is None or known[index][2:] == options[2:]
-            known[index] = options
-        self._options = known
-        self._seen = [_seen(group) for group in param_groups]
-        self.scalars = [options[0] for options in self._options]
-        self.signs = [-1.0 if options[1] else 1.0 for options in self._options]
+        is_same_kernel = all(
+            before is None or (before.variant, before.is_sparse_exact) == (now.variant, now.is_sparse_exact)
+            for before, now in zip(self._options, read, strict=True)
+        )
+        self._options, self._seen = read, seen
+        self.scalars = [options.scalars for options in read]
+        self.signs = [-1.0 if options.maximize else 1.0 for options in read]
         return is_same_kernel
 
     # ---- what a step does --------------------------------------------------------------------------------------
@@ -311,7 +315,7 @@ class Plan:
             on_device: what the device multiplies with as well; for the bucket of `asynchronous` alone.
         """
         grad_coefs = [sign * coef for sign in self.signs]
-        with uninterrupted() if len(self.buckets) > 1 else contextlib.nullcontext():
+        with uninterrupted() if len(self.buckets) > 1 else _NOTHING:
             for bucket in self.buckets:
                 bucket.update(self.scalars, grad_coefs, self.reads_sources, **on_device)
         self.has_updated = True
@@ -366,7 +370,7 @@ class Plan:
                     where = f"param_groups[{g}]['params'][{i}]"
                     raise TypeError(f"{self.owner}: {where} is a {type(param).__name__}, not a tensor; {UNCHANGED}")
                 seen.add(id(param))
-                variant = self._options[g][2]
+                variant = self._options[g].variant
                 entry = Entry(param, g, i, name, variant, [None] * len(self.rule.states), None, None)
                 entry.has_kernels = self.rule.has_kernels(group)
                 if param.grad is not None:
@@ -405,7 +409,7 @@ class Plan:
 
     def _check_sparse(self, entry: Entry, grad: torch.Tensor) -> None:
         """A sparse gradient that this group takes, of sound parts, and no subclass that dispatches itself."""
-        if not self.is_lazy and not self._options[entry.group][3]:
+        if not self.is_lazy and not self._options[entry.group].is_sparse_exact:
             options = self.rule.still_without
             unless = f" unless {' = '.join(options)} = 0" if options else ""
             reason = f"gradient is sparse, but the rule also moves rows that it leaves out{unless}"
@@ -561,11 +565,12 @@ class Plan:
                 made[kept.name] = value
             self._check_state(entry, kept.name, value, rule.state_shape(group, kept, param.shape))
             entry.states[i] = value
-        # A rule without a step of its own still has to know its first one.
-        own_step = _scalar(0.0 if is_new else 1.0, torch.float32, device)
-        if not is_new and self._counts.get(param) is not None:  # the first step may have been skipped by the device
-            own_step = self._counts[param]
-        entry.step = {**known, **made}["step"] if rule.keeps_step else own_step
+        if rule.keeps_step:
+            entry.step = made["step"] if "step" in made else known["step"]
+        elif not is_new and self._counts.get(param) is not None:  # the first step may have been skipped by the device
+            entry.step = self._counts[param]
+        else:  # it still has to know its first step
+            entry.step = _scalar(0.0 if is_new else 1.0, torch.float32, device)
         if made:
             self._fresh.append(
                 (
@@ -609,13 +614,6 @@ def combine_norms(norms: list[float]) -> float:
     return largest * sum((norm / largest) ** 2 for norm in norms) ** 0.5
 
 
-def _are_same(options: tuple, known: tuple | None) -> bool:
-    """Whether two readings of a group agree; a tensor that a device has only if it is the same object."""
-    if known is None or options[1:] != known[1:]:
-        return False
-    return all(a is b or (type(a) is type(b) is float and a == b) for a, b in zip(options[0], known[0], strict=True))
-
-
 def _seen(group: dict[str, Any]) -> tuple[list, list] | None:
     """A group's keys and values; None if an option can change without becoming another object, as a tensor or a list can."""
     options = (value for name, value in group.items() if name not in ("params", "param_names"))
@@ -627,6 +625,15 @@ def _seen(group: dict[str, Any]) -> tuple[list, list] | None:
 def _is_as_seen(group: dict[str, Any], seen: tuple[list, list] | None) -> bool:
     """Whether a group holds the very objects that it held when it was `_seen`."""
     return seen is not None and type(group) is dict and [*group] == seen[0] and all(map(is_, group.values(), seen[1]))
+
+
+def _but_for_lr(group: dict[str, Any], seen: tuple[list, list] | None) -> tuple[list, list] | None:
+    """What is `_seen` of a group now, if only its learning rate is another, a float: schedulers do that in every step."""
+    if seen is None or type(group.get("lr")) is not float:
+        return None
+    names, values = seen[0], [*seen[1]]
+    values[names.index("lr")] = group["lr"]
+    return (names, values) if _is_as_seen(group, (names, values)) else None
 
 
 def _is_scalar_of(value: Any, dtype: torch.dtype, device: torch.device) -> bool:
@@ -648,6 +655,8 @@ def _dims(tensor: torch.Tensor) -> list[tuple[int, int]]:
 
 def _is_dense(tensor: torch.Tensor) -> bool:
     """Whether its elements fill one block of memory, in any order of dimensions."""
+    if tensor.is_contiguous():  # as most are
+        return True
     expected = 1
     for stride, size in _dims(tensor):
         if stride != expected:
@@ -658,6 +667,8 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 def _extent(tensor: torch.Tensor) -> int:
     """How many elements of memory lie between its first element and its last, both included; 1 or more."""
+    if tensor.is_contiguous():
+        return tensor.numel() or 1
     return 1 + sum(stride * (size - 1) for stride, size in _dims(tensor))
 
 
@@ -668,6 +679,8 @@ def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
     """Whether two elements share an address."""
+    if tensor.is_contiguous():
+        return False
     reach = 0
     for stride, size in _dims(tensor):
         if stride <= reach:  # no further than the dimensions inside it reach: perhaps, so count the addresses
@@ -682,4 +695,6 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return all(s == t or size == 1 for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+    return a.stride() == b.stride() or all(
+        s == t or size == 1 for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )

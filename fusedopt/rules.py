@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class State:
 
 def number(name: str, value: Any, takes_bool: bool = False) -> float:
     """An option's value as a float: a number, or a tensor of one element. A bool or a string is a mistake, not a number."""
+    if type(value) is float:
+        return value
     try:
         is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
         if not isinstance(value, (str, bytes)) and (takes_bool or not is_bool):
@@ -76,7 +79,7 @@ class Rule:
     cases: tuple[Mapping[str, Any], ...] = ()  # constructor arguments for tests: every option at least once
     errors: tuple[tuple[Mapping[str, Any], str], ...] = ()  # constructor arguments that are refused, and what is said
 
-    @property
+    @functools.cached_property
     def betas(self) -> tuple[str, ...]:
         """Those of its scalars that a group holds in `betas`."""
         return tuple(name for name in self.hyper if name in BETAS)
@@ -157,6 +160,7 @@ RANGES = {
     "lr_decay": (0, math.inf, False),
     "momentum_decay": (0, math.inf, False),
     "rho": (0, math.inf, False),
+    "initial_accumulator_value": (0, math.inf, False),
 }
 
 # The decay of the cases is a power of two: λθ is then exact, and g + λθ keeps its relative accuracy where it cancels.
@@ -338,33 +342,53 @@ RULES = {
 }
 
 
-def check_options(rule: Rule, group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A group's scalars in ABI order, or ValueError saying which hyperparameter is out of which range."""
+class Options(NamedTuple):
+    """A group's options as a plan needs them."""
+
+    scalars: tuple[Any, ...]  # `Rule.scalars`
+    maximize: bool
+    variant: str
+    is_sparse_exact: bool
+
+
+def read_options(rule: Rule, group: Mapping[str, Any]) -> Options:
+    """A group's options, or ValueError saying which of them is out of which range."""
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not supported; use torch.optim for it")
-    flag("maximize", group["maximize"])
-    rule.variant(group)  # the options that ask for a state, or for another shape of one
+    maximize = flag("maximize", group["maximize"])
+    variant = rule.variant(group)  # the options that ask for a state, or for another shape of one
     scalars = rule.scalars(group)
     for name, value in zip(rule.hyper, scalars, strict=True):
         if name in RANGES and not is_elsewhere(value):
-            _check_range(name, value, *RANGES[name], given=_given(group, name))
+            _check_range(name, value, given=_given(group, name))
     for state in rule.states:
         if state.initial is not None:
             initial = number(state.initial, group[state.initial])
-            _check_range(state.initial, initial, 0, math.inf, False, given=group[state.initial])
+            _check_range(state.initial, initial, given=group[state.initial])
     if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
         raise ValueError(
             f"nesterov=True needs momentum > 0 and dampening = 0, "
             f"got momentum={group['momentum']}, dampening={group['dampening']}"
         )
-    return scalars
+    return Options(scalars, maximize, variant, rule.is_sparse_exact(group))
+
+
+def with_lr(rule: Rule, options: Options, lr: float) -> Options:
+    """The same options but for the learning rate, on which no other depends; or ValueError if it is out of range."""
+    if "lr" not in rule.hyper:
+        return options
+    _check_range("lr", lr, given=lr)
+    index = rule.hyper.index("lr")
+    scalars = (*options.scalars[:index], lr, *options.scalars[index + 1 :])
+    return Options(scalars, *options[1:])
 
 
 def _given(group: Mapping[str, Any], name: str) -> Any:
     return group["betas"][BETAS.index(name)] if name in BETAS else group[name]
 
 
-def _check_range(name: str, value: float, low: float, high: float, includes_high: bool, given: Any) -> None:
+def _check_range(name: str, value: float, given: Any) -> None:
+    low, high, includes_high = RANGES[name]
     if value > -math.inf and (low <= value < high or (includes_high and value == high)):
         return
     label = f"betas[{BETAS.index(name)}]" if name in BETAS else name

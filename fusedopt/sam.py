@@ -16,7 +16,7 @@ from fusedopt.interrupts import uninterrupted
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import AdamW
 from fusedopt.plan import Plan, state_dtype
-from fusedopt.rules import RULES, check_options, flag
+from fusedopt.rules import RULES, flag, read_options
 
 
 class SAM(FusedOptimizer):
@@ -372,7 +372,7 @@ def _inverse(norm: Any) -> Any:
 
 def _check_ascent(options: Mapping[str, Any]) -> None:
     """Raises ValueError if ρ or the switch between SAM and ASAM is none."""
-    check_options(RULES["sam"], {**options, "maximize": False})
+    read_options(RULES["sam"], {**options, "maximize": False})
 
 
 @functools.cache

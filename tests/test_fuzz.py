@@ -37,7 +37,7 @@ from hypothesis.stateful import (
 
 from fusedopt import _C, reference
 from fusedopt.plan import PARAM_DTYPES, grad_dtypes, state_dtype
-from fusedopt.rules import RANGES, check_options
+from fusedopt.rules import RANGES, read_options
 
 BACKENDS = tuple(os.environ.get("FUZZ_BACKENDS", "cpu cuda reference").split())  # Triton's interpreter is slow
 
@@ -600,7 +600,7 @@ def options(spec: Spec) -> st.SearchStrategy:
 
     def valid(drawn: dict[str, Any]) -> dict[str, Any]:
         try:
-            check_options(spec.rule, {**defaults, **drawn})
+            read_options(spec.rule, {**defaults, **drawn})
             return drawn
         except ValueError:
             return {name: False if isinstance(value, bool) else value for name, value in drawn.items()}  # switches off
@@ -966,7 +966,7 @@ class Life(RuleBasedStateMachine):
         wrong = [*bad, {"lr": -1.0}][which % (len(bad) + 1)]
         right = {name: group[name] for name in wrong}
         try:
-            check_options(self.spec.rule, {**group, **wrong})
+            read_options(self.spec.rule, {**group, **wrong})
         except ValueError:
             group.update(wrong)
             self.refused(self.optimizer.step, ValueError, r"param_groups\[\d\]")

@@ -574,7 +574,7 @@ def group_added_in_the_middle(spec, make):
 
 @scenario
 def options_edited_between_steps(spec, make):
-    """Every hyperparameter of the rule in turn, and the sign."""
+    """Every hyperparameter of the rule in turn, and the sign; every second one together with another learning rate."""
     params = params64()
     optimizer = make(params)
     group = optimizer.param_groups[0]
@@ -592,7 +592,7 @@ def options_edited_between_steps(spec, make):
             edits.append({name: not value if isinstance(value, bool) else 0.3 if name != "eps" else 0.01})
     for step, edit in enumerate(edits):
         train(optimizer, params, 1, step)
-        group.update(edit)
+        group.update({"lr": 0.03 + 0.01 * step, **edit} if step % 2 else edit)
     train(optimizer, params, 2, len(edits))
     return optimizer
 

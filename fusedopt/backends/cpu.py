@@ -85,7 +85,7 @@ def with_gradient(table: _C.Bucket, params: list[torch.Tensor]) -> list[torch.Te
 class Bucket:
     """Entries in host memory, with their C++ tensor and chunk tables."""
 
-    is_asynchronous = False
+    is_asynchronous = is_capturing = False
     is_alone = False  # set by a plan that has no other bucket: the table then knows all memory that a step writes
 
     def __init__(self, rule: Rule, entries: Sequence[Entry]):

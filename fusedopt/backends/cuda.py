@@ -153,8 +153,7 @@ class Kernels(device.Kernels):
         self._library = library = _load()[0]
         self.chunk = library.chunk
         first = entries[0]
-        self._device = first.param.device
-        self._index = self._device.index or 0
+        self._index = first.param.device.index or 0
         self._has_extra = int(first.extra is not None)
         self._kernel = library.rules[first.variant], int(first.compute_dtype == torch.float64)
         chunks = max(device.num_chunks(entries, self.chunk), 1)
@@ -168,19 +167,14 @@ class Kernels(device.Kernels):
         self._norm_arguments = _Filled(library.norm_arguments)
         self._update_arguments = _Filled(library.update_arguments)
 
-    def _where(self) -> tuple[int, int]:
-        """Device and stream."""
-        is_on_host = self._device.type == "cpu"
-        return self._index, 0 if is_on_host else torch.cuda.current_stream(self._device).cuda_stream
-
-    def norm(self, arguments: dict[str, Any]) -> None:
+    def norm(self, arguments: dict[str, Any], stream: int) -> None:
         is_norm_double = int(arguments["norm"].dtype == torch.float64)
         values = self._norm_arguments.with_(arguments, is_norm_double=is_norm_double)
-        self._library.call("norm", values, self.norm_programs, *self._where())
+        self._library.call("norm", values, self.norm_programs, self._index, stream)
 
-    def update(self, arguments: dict[str, Any]) -> None:
+    def update(self, arguments: dict[str, Any], stream: int) -> None:
         values = self._update_arguments.with_(arguments, has_extra=self._has_extra)
-        self._library.call("update", *self._kernel, values, self._update_programs, *self._where())
+        self._library.call("update", *self._kernel, values, self._update_programs, self._index, stream)
 
 
 class _Filled:

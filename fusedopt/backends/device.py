@@ -50,7 +50,7 @@ def num_chunks(entries: Sequence[Entry], chunk: int) -> int:
 
 
 class Kernels(ABC):
-    """The norm and the update of one table, ready to be launched.
+    """The norm and the update of one table, ready to be launched on the current stream, whose handle is given.
 
     Arguments are those of the kernels, by name; tensors stand for their addresses.
     """
@@ -60,13 +60,13 @@ class Kernels(ABC):
     tables: Mapping[str, torch.Tensor]  # what they take beside the tables that all do, on the host
 
     @abstractmethod
-    def norm(self, arguments: dict[str, Any]) -> None: ...
+    def norm(self, arguments: dict[str, Any], stream: int) -> None: ...
 
     def prepare_update(self, arguments: dict[str, Any]) -> None:  # noqa: B027  most have nothing to do
         """What can fail before the first launch does, so that nothing is written then."""
 
     @abstractmethod
-    def update(self, arguments: dict[str, Any]) -> None: ...
+    def update(self, arguments: dict[str, Any], stream: int) -> None: ...
 
 
 class Bucket(ABC):
@@ -87,7 +87,10 @@ class Bucket(ABC):
         self._reserve = torch.empty(
             0, dtype=torch.uint8, device="cpu"
         )  # pinned memory for captures, which allocate none
-        self._stream: int | None = None
+        self._is_uploaded = False  # what stays from step to step
+        # Of the last refresh, and so of the step that goes on from there.
+        self._stream: torch.cuda.Stream | None = None
+        self._in_capture = False
         self._grads_seen: bytes | None = None
         self._hyper_seen: list[list] | None = None
         self._constants: dict[Any, torch.Tensor] = {}
@@ -124,8 +127,9 @@ class Bucket(ABC):
         if not self._tables:
             return True
         with self._on_device():
-            stream = _current_stream(self.device)
-            if self._stream is None:
+            self._in_capture = self.is_capturing
+            stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
+            if not self._is_uploaded:
                 for table in self._tables:
                     table.upload_chunks(self._upload, self.device)
                     table.upload_addresses(self._upload)
@@ -135,8 +139,8 @@ class Bucket(ABC):
             elif stream != self._stream:
                 # Whoever steps on another stream has made it wait for the last step, and so for what was uploaded before that.
                 for tensor in self._uploaded():
-                    tensor.record_stream(torch.cuda.current_stream(self.device))
-            self._stream = stream
+                    tensor.record_stream(stream)
+            self._stream, self._is_uploaded = stream, True
             self._make_reserve()
             addresses = self._grad_addresses()
             has_copies = any([table.stage(self._upload) for table in self._tables])  # noqa: C419  each must make its own
@@ -151,7 +155,7 @@ class Bucket(ABC):
         if self._is_captured:
             self._grads_seen, self._hyper_seen, self._constants, self._is_captured = None, None, {}, False
             if any(table.has_copies for table in self._tables):
-                self._stream = None  # the addresses were uploaded too
+                self._is_uploaded = False  # the addresses were, too
         if self._watch is not None:
             self._watch.release()
         for table in self._tables:
@@ -179,7 +183,7 @@ class Bucket(ABC):
         """A copy on the device, without waiting for it. New memory each time, as a kernel may still read the old."""
         if self.device.type == "cpu":
             return values.clone()
-        if self.is_capturing:
+        if self._in_capture:
             pinned = self._reserved(values)
             _captured.append(pinned)  # every replay of the graph copies again
             self._is_captured = True
@@ -189,7 +193,7 @@ class Bucket(ABC):
 
     def _make_reserve(self) -> None:
         """Pinned memory for what captures may upload: gradients' addresses, hyperparameters, some constants."""
-        if self.device.type == "cpu" or len(self._reserve) >= self._capture_bytes or self.is_capturing:
+        if self.device.type == "cpu" or len(self._reserve) >= self._capture_bytes or self._in_capture:
             return
         self._reserve = torch.empty(4 * self._capture_bytes, dtype=torch.uint8, pin_memory=True)  # several captures
 
@@ -211,10 +215,10 @@ class Bucket(ABC):
         if self._hyper_seen is not None:
             yield self._hyper
 
-    def _launch(self, launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any]) -> None:
-        if self.is_capturing:
+    def _launch(self, launch: Callable[[dict[str, Any], int], None], arguments: dict[str, Any]) -> None:
+        if self._in_capture:
             _captured.append(arguments)  # every replay reads these tables again, whatever became of the plan
-        launch(arguments)
+        launch(arguments, 0 if self._stream is None else self._stream.cuda_stream)
 
     def _constant(self, value: Any, dtype: torch.dtype) -> torch.Tensor:
         """A 0-d tensor on the device: of a number, or of a tensor that is somewhere."""
@@ -302,8 +306,8 @@ class Bucket(ABC):
                 skipped=self._constant(0, torch.int64) if skipped is None else skipped,  # not written to if None
                 ticket=self._ticket,
             )  # fmt: skip
-            if control is not None and self.device.type == "cuda":  # a clip may have been made on another stream
-                control.record_stream(torch.cuda.current_stream(self.device))
+            if control is not None and self._stream is not None:  # a clip may have been made on another stream
+                control.record_stream(self._stream)
             launches = []
             for table in self._tables:
                 counts_skip = int(skipped is not None and table is self._tables[0])
@@ -325,7 +329,8 @@ class Bucket(ABC):
                         self._launch(table.kernels.update, arguments)
                         num_done += 1
                     for table in self._tables:
-                        table.write_back()
+                        if table.has_copies:
+                            table.write_back()
                 except Exception:
                     is_written = num_done > 0
                     self.has_launched = had_launched or is_written
@@ -336,14 +341,19 @@ class Bucket(ABC):
 
     def _set_hyper(self, rows: list[list]) -> None:
         """Hyperparameters on the device. Those that are tensors there are copied in every step: they may have changed."""
-        numbers = [[0.0 if isinstance(value, torch.Tensor) else value for value in row] for row in rows]
-        if numbers != self._hyper_seen:
-            self._hyper = self._upload(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
-            self._hyper_seen = numbers
-        for row, values in enumerate(rows):
-            for column, value in enumerate(values):
-                if isinstance(value, torch.Tensor):
-                    self._hyper[row, column].copy_(value.detach().reshape(()), non_blocking=True)
+        there = [
+            (row, column, value)
+            for row, values in enumerate(rows)
+            for column, value in enumerate(values)
+            if isinstance(value, torch.Tensor)
+        ]
+        for row, column, _ in there:
+            rows[row][column] = 0.0
+        if rows != self._hyper_seen:
+            self._hyper = self._upload(torch.tensor(rows, dtype=torch.float64, device="cpu"))
+            self._hyper_seen = rows
+        for row, column, value in there:
+            self._hyper[row, column].copy_(value.detach().reshape(()), non_blocking=True)
 
 
 class _Table:
@@ -366,10 +376,16 @@ class _Table:
 
     # ---- tensors of which not all have their elements in the same order ----------------------------------------
 
-    @torch.no_grad()
     def stage(self, upload: Upload) -> bool:
         """Copies the tensors that do not have their elements in the parameter's order. False: there are none."""
-        self._staged = []
+        self._staged = self._copies() if self._strided else []
+        if self._staged:
+            self.upload_addresses(upload)
+        return bool(self._staged)
+
+    @torch.no_grad()
+    def _copies(self) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        copies = []
         for index, entry in self._strided:
             if entry.param.grad is None or entry.param.numel() == 0:  # a copy of nothing has no address
                 continue
@@ -380,10 +396,8 @@ class _Table:
                     tensor = as_real(tensor)
                     copy = torch.empty_like(param, dtype=tensor.dtype)  # dense; in the parameter's order if that is too
                     if copy.stride() != tensor.stride():
-                        self._staged.append((slot, index, tensor, copy.copy_(tensor)))
-        if self._staged:
-            self.upload_addresses(upload)
-        return bool(self._staged)
+                        copies.append((slot, index, tensor, copy.copy_(tensor)))
+        return copies
 
     @property
     def has_copies(self) -> bool:
@@ -441,13 +455,10 @@ class _Table:
 
     def upload_grads(self, upload: Upload, addresses: bytes) -> None:
         """Where the gradients of this step lie."""
-        grads = torch.frombuffer(bytearray(addresses), dtype=torch.int64)[self._positions]
+        grads = torch.frombuffer(bytearray(addresses), dtype=torch.int64)
+        if len(self._positions) < len(grads):  # else it has all
+            grads = grads[self._positions]
         for slot, index, _, copy in self._staged:
             if slot == GRAD:
                 grads[index] = copy.data_ptr()
         self.arguments["grads"] = upload(grads)
-
-
-def _current_stream(device: torch.device) -> int:
-    """What identifies the stream that work on a device goes to now."""
-    return 0 if device.type == "cpu" else torch.cuda.current_stream(device).stream_id

@@ -44,7 +44,7 @@ def first_nonfinite(entries: Sequence[Entry]) -> int:
 class Bucket:
     """Entries on one device, updated by the reference functions in the dtype of their states."""
 
-    is_asynchronous = False
+    is_asynchronous = is_capturing = False
 
     def __init__(self, rule: Rule, entries: Sequence[Entry]):
         self.entries = list(entries)

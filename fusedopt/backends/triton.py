@@ -112,7 +112,7 @@ class Kernels(device.Kernels):
         before = [self._engine.measure, self._engine.add_up] if rule.num_sums else []
         self._update_kernels = [*before, self._engine.update]
 
-    def norm(self, arguments: dict[str, Any]) -> None:
+    def norm(self, arguments: dict[str, Any], stream: int) -> None:
         arguments = dict(arguments)
         is_final = bool(arguments.pop("is_final"))
         num_partials = 1 << (arguments["num_partials"] - 1).bit_length()
@@ -136,7 +136,7 @@ class Kernels(device.Kernels):
         for kernel, values in self._launches(arguments):
             kernel.warmup(**values, grid=(self._update_programs,))
 
-    def update(self, arguments: dict[str, Any]) -> None:
+    def update(self, arguments: dict[str, Any], stream: int) -> None:
         for kernel, values in self._launches(arguments):
             kernel[(self._update_programs,)](**values)
 
