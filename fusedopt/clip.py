@@ -231,7 +231,7 @@ class Clip:
         control = self.pending(plan).on(plan.asynchronous)
         if self._measures:
             limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-            norm, control = plan.asynchronous.measure(limit, control, grad_scale, plan.norm_dtype)
+            norm, control = plan.measure(limit, control, grad_scale, plan.norm_dtype)
             grad_scale = 1.0  # is in the control
             if self._pending is None:
                 self.grad_norm = norm
@@ -308,7 +308,7 @@ def clip_grad_norm_(
         dtype = torch.float64 if any(plan.norm_dtype == torch.float64 for plan in plans) else torch.float32
         buckets = [plan.asynchronous for plan in plans]
         if len(plans) == 1 and buckets[0] is not None:
-            result, on_device = buckets[0].measure(limit, pending[0].on(buckets[0]), 1.0, dtype)
+            result, on_device = plans[0].measure(limit, pending[0].on(buckets[0]), 1.0, dtype)
             controls = [Control(on_device=on_device)]
         else:
             pending = [control.on_host() for control in pending]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fusedopt import backends, clip
+from fusedopt import backends, clip, dtensor
 from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.plan import PARAM_DTYPES, Plan, compute_dtype, instead_of, new_state
 from fusedopt.rules import Rule, number, read_options
@@ -150,6 +150,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             is_lazy = self.sparse == "lazy"
             if plan is None or plan.is_lazy != is_lazy or not plan.refresh(param_groups, state):
                 before = plan
+                if before is not None:
+                    before.release()
                 setattr(self, slot, None)
                 plan = Plan(owner, rule, param_groups, state, is_lazy)
                 plan.make(param_groups, self._backend, before, sources)  # apart: an interrupt finds the state it made
@@ -354,6 +356,9 @@ def _misfit(value: Any, param: torch.Tensor, shape: tuple[int, ...]) -> str | No
         return f"is a {type(value).__name__}, not a tensor"
     if value.shape != shape:
         return f"has shape {tuple(value.shape)}{instead_of(shape, param)}, the parameter {tuple(param.shape)}"
+    problem = dtensor.misplaced(value, param)
+    if problem:
+        return f"is {problem}"
     if value.layout != torch.strided or value.is_meta:
         return "is on the meta device, it has no values" if value.is_meta else f"has layout {value.layout}"
     is_number = value.is_floating_point() or value.is_complex()

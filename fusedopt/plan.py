@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fusedopt import backends, sparse
+from fusedopt import backends, dtensor, sparse
 from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.extension import _C
 from fusedopt.interrupts import uninterrupted
@@ -61,9 +61,10 @@ def grad_dtypes(param: torch.Tensor) -> tuple[torch.dtype, ...]:
 
 @dataclass(slots=True)
 class Entry:
-    """One parameter of a plan, with what a backend needs to update it."""
+    """One parameter of a plan, with what a backend needs to update it. Of DTensors it holds the parts that this process has."""
 
     param: torch.Tensor
+    owner: torch.Tensor  # what the group holds, whose state it is: the parameter itself, or the DTensor it is a part of
     group: int
     index: int
     name: str | None
@@ -94,8 +95,13 @@ class Entry:
     def state_dtype(self) -> torch.dtype:
         return state_dtype(self.param)
 
+    @property
+    def is_distributed(self) -> bool:
+        """Whether it is a part of a DTensor. Its gradient is there from `Plan.refresh`, or `make`, to `Plan.release`."""
+        return self.param is not self.owner
+
     def __str__(self) -> str:
-        return name_param(self.group, self.index, self.name, self.param)
+        return name_param(self.group, self.index, self.name, self.owner)
 
 
 @dataclass(slots=True)
@@ -142,6 +148,8 @@ class Plan:
         self._fresh: list[tuple[Entry, float, list[str]]] = []  # its step count then, names of the states made
         self.reads_sources = self.has_updated = False
         self.buckets = []
+        self._distributed: list[Entry] = []
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # DTensors, each with what this process has of it
 
     def make(
         self,
@@ -168,17 +176,18 @@ class Plan:
             )
         self._counts = {}  # those that are in no state
         if before and not self.rule.keeps_step:
-            self._counts = {entry.param: entry.step for bucket in before.buckets for entry in bucket.entries}
+            self._counts = {entry.owner: entry.step for bucket in before.buckets for entry in bucket.entries}
         chosen = functools.cache(lambda device: backends.choose(device, backend))
 
-        def place(entry: Entry) -> tuple[torch.device, bool, bool]:
-            return entry.param.device, entry.has_kernels, entry.is_sparse
+        def place(entry: Entry) -> tuple[torch.device, bool, dtensor.NormGroup | None, bool]:
+            return entry.param.device, entry.has_kernels, dtensor.norm_group(entry.owner), entry.is_sparse
 
         def backend_of(device: torch.device, has_kernels: bool) -> ModuleType:
             return chosen(device) if has_kernels else backends.reference
 
         for entry in entries:
-            entry.source = sources.get(entry.param)
+            if entry.owner in sources:
+                entry.source = self._part_of(sources[entry.owner])
             self._attach_state(entry, param_groups[entry.group], self._state, backend_of)
         planned = [entry for entry in entries if not entry.is_idle]
         self._check_overlap(planned)
@@ -191,12 +200,14 @@ class Plan:
         for entry in entries:
             members.get(place(entry), others).append(entry)
         # Sparse ones first: copying rows can run out of memory, and then nothing has been written.
-        for (device, has_kernels, is_sparse), there in sorted(members.items(), key=lambda item: not item[0][-1]):
+        for where, there in sorted(members.items(), key=lambda item: not item[0][-1]):
+            device, has_kernels, norm_group, is_sparse = where
             chosen_backend = backend_of(device, has_kernels)
             if is_sparse:
                 self.buckets.append(sparse.Bucket(self.rule, there, chosen_backend))
             else:
                 self.buckets.append(chosen_backend.Bucket(self.rule, there))
+            self.buckets[-1].norm_group = norm_group
         for bucket in self.buckets:
             bucket.is_alone = len(self.buckets) == 1
         # None: then every bucket is good for one step.
@@ -222,8 +233,20 @@ class Plan:
             and (self._watch is None or self._watch.unchanged(param_groups, state))
             and self._read_options(param_groups)
             and self._may_be_captured(param_groups)
+            and self._take_parts()
             and all([bucket.refresh() for bucket in self.buckets])  # noqa: C419  each must read its gradients
         )
+
+    def _take_parts(self) -> bool:
+        """Gives this process's parts of DTensors their gradients. False: a DTensor has other parts than planned."""
+        if any(dtensor.part_of(whole) is not part for whole, part in self._parts):
+            return False
+        for entry in self._distributed:
+            grad = entry.owner.grad
+            if grad is not None and dtensor.misplaced(grad, entry.owner):
+                return False
+            entry.param.grad = dtensor.part_of(grad)
+        return True
 
     def _may_be_captured(self, param_groups: list[dict[str, Any]]) -> bool:
         """True; or an error, if a CUDA graph is being captured that would not do in a replay what it does now."""
@@ -289,8 +312,26 @@ class Plan:
     def grad_norm(self) -> float:
         """2-norm of all gradients, as they are stored."""
         is_weighted = self.is_weighted
-        norms = [bucket.grad_norm(is_weighted) for bucket in self.buckets]
+        norms = [self._over_processes(bucket, bucket.grad_norm(is_weighted)) for bucket in self.buckets]
         return norms[0] if len(norms) == 1 else combine_norms(norms)
+
+    def _over_processes(self, bucket: Any, norm: float) -> float:
+        if bucket.norm_group is None:
+            return norm
+        here = torch.tensor(norm, dtype=torch.float64, device=bucket.norm_group[0].device_type)
+        return float(dtensor.norm_over(here, bucket.norm_group))
+
+    def measure(
+        self, max_norm: float, previous: torch.Tensor | None, grad_scale: float | torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm on the device of the bucket that is `asynchronous`, and the control that clips it; see device.py."""
+        group, measure, is_weighted = self.asynchronous.norm_group, self.asynchronous.measure, self.is_weighted
+        if group is None:
+            return measure(max_norm, previous, grad_scale, dtype, is_weighted)
+        here, control = measure(math.inf, previous, grad_scale, torch.float64, is_weighted)
+        norm = dtensor.norm_over(here, group)
+        coef = control[0] if max_norm == math.inf else control[0] * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm.to(dtype), torch.stack([coef, (~norm.isfinite()).double()])
 
     def first_nonfinite(self) -> Entry | None:
         """The first parameter, in bucket order, whose gradient holds NaN or infinity."""
@@ -315,9 +356,12 @@ class Plan:
             on_device: what the device multiplies with as well; for the bucket of `asynchronous` alone.
         """
         grad_coefs = [sign * coef for sign in self.signs]
-        with uninterrupted() if len(self.buckets) > 1 else _NOTHING:
+        with uninterrupted() if len(self.buckets) > 1 or self._distributed else _NOTHING:
             for bucket in self.buckets:
                 bucket.update(self.scalars, grad_coefs, self.reads_sources, **on_device)
+            if self._distributed:  # autograd counts how often a DTensor was written to apart from its part
+                written = [entry.owner for entry in self._distributed if entry.param.grad is not None]
+                torch.autograd.graph.increment_version(written)
         self.has_updated = True
 
     @property
@@ -329,10 +373,12 @@ class Plan:
         """Lets go of the gradients that `refresh` held."""
         for bucket in self.buckets:
             bucket.release()
+        for entry in self._distributed:
+            entry.param.grad = None
 
     def discard_fresh_state(self) -> bool:
         """Removes the state that this plan made and no update has used. True if there was any: the plan is then void."""
-        unused = [(entry.param, names) for entry, step, names in self._fresh if not self._is_used(entry, step)]
+        unused = [(entry.owner, names) for entry, step, names in self._fresh if not self._is_used(entry, step)]
         for param, names in unused:
             known = self._state.get(param, {})
             for name in names:
@@ -354,6 +400,13 @@ class Plan:
     def _fail(self, kind: type[Exception], entry: Entry, reason: str) -> None:
         raise kind(f"{self.owner}: {entry}: {reason}; {UNCHANGED}")
 
+    def _part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """What this process has of a tensor; `refresh` looks whether that is still so."""
+        part = dtensor.part_of(whole)
+        if part is not whole:
+            self._parts.append((whole, part))
+        return part
+
     def _collect(self, param_groups: list[dict[str, Any]]) -> list[Entry]:
         """An entry for every parameter, once, checked against its gradient."""
         entries, seen = [], set()
@@ -371,17 +424,26 @@ class Plan:
                     raise TypeError(f"{self.owner}: {where} is a {type(param).__name__}, not a tensor; {UNCHANGED}")
                 seen.add(id(param))
                 variant = self._options[g].variant
-                entry = Entry(param, g, i, name, variant, [None] * len(self.rule.states), None, None)
+                part = self._part_of(param)
+                entry = Entry(part, param, g, i, name, variant, [None] * len(self.rule.states), None, None)
                 entry.has_kernels = self.rule.has_kernels(group)
-                if param.grad is not None:
-                    entry.is_sparse = sparse.is_sparse(param.grad) and self.rule.takes_sparse
+                if entry.is_distributed:
+                    self._distributed.append(entry)
+                    problem = None if param.grad is None else dtensor.misplaced(param.grad, param)
+                    if problem:
+                        self._fail(RuntimeError, entry, f"gradient is {problem}")
+                    part.grad = dtensor.part_of(param.grad)
+                if entry.param.grad is not None:
+                    entry.is_sparse = sparse.is_sparse(entry.param.grad) and self.rule.takes_sparse
                     self._check_param(entry)
-                    self._check_grad(entry, param.grad)
+                    self._check_grad(entry, entry.param.grad)
                 entries.append(entry)
         return entries
 
     def _check_param(self, entry: Entry) -> None:
         param = entry.param
+        if entry.is_distributed:
+            self._check_distributed(entry)
         if param.is_complex() and not entry.has_kernels:
             self._fail(TypeError, entry, "a rule by rows takes no complex parameters")
         if param.dtype not in PARAM_DTYPES:
@@ -390,6 +452,16 @@ class Plan:
         self._check_plain(entry, param, "parameter")
         if param.numel() > 0 and _overlaps_itself(param):
             self._fail(RuntimeError, entry, f"several of its elements share one address, strides {param.stride()}")
+
+    def _check_distributed(self, entry: Entry) -> None:
+        """A DTensor, of which each process can update its part by itself."""
+        where = dtensor.describe(entry.owner)
+        if any(placement.is_partial() for placement in entry.owner.placements):
+            self._fail(RuntimeError, entry, f"parameter is {where}; redistribute it")
+        if not entry.has_kernels:
+            self._fail(TypeError, entry, f"parameter is {where}; a rule by rows takes none")
+        if self.rule.num_sums and dtensor.norm_group(entry.owner) is not None:
+            self._fail(TypeError, entry, f"parameter is {where}, but the rule sums over the whole of it")
 
     def _check_grad(self, entry: Entry, grad: torch.Tensor) -> None:
         param = entry.param
@@ -516,7 +588,7 @@ class Plan:
     ) -> None:
         """Checks the state there is, makes what is missing if the parameter has a gradient, and puts it in the entry."""
         param, rule = entry.param, self.rule
-        known = state.get(param, {})
+        known = state.get(entry.owner, {})
         if not isinstance(known, Mapping):
             self._fail(TypeError, entry, f"its state is a {type(known).__name__}, not a dict")
         stored = rule.stored(group)
@@ -528,7 +600,7 @@ class Plan:
             self._check_param(entry)
 
         if entry.source is not None:
-            self._check_state(entry, "old_param", entry.source, tuple(param.shape))
+            self._check_state(entry, "old_param", self.sources[entry.owner], tuple(entry.owner.shape))
         # Where the backend reads and advances them.
         is_on_device = backend_of(param.device, entry.has_kernels).SCALARS_ON_DEVICE
         device = param.device if is_on_device else torch.device("cpu")
@@ -557,18 +629,18 @@ class Plan:
                 continue
             value = known.get(kept.name)
             if value is None:
-                value = new_state(param, rule.state_shape(group, kept, param.shape))
+                value = new_state(entry.owner, rule.state_shape(group, kept, entry.owner.shape))
                 value.zero_()
                 if kept.initial is not None:
                     initial = float(group[kept.initial])
                     value.fill_(complex(initial, initial) if value.is_complex() else initial)
                 made[kept.name] = value
-            self._check_state(entry, kept.name, value, rule.state_shape(group, kept, param.shape))
-            entry.states[i] = value
+            self._check_state(entry, kept.name, value, rule.state_shape(group, kept, entry.owner.shape))
+            entry.states[i] = self._part_of(value)
         if rule.keeps_step:
             entry.step = made["step"] if "step" in made else known["step"]
-        elif not is_new and self._counts.get(param) is not None:  # the first step may have been skipped by the device
-            entry.step = self._counts[param]
+        elif not is_new and self._counts.get(entry.owner) is not None:  # the first step may have been skipped by the device
+            entry.step = self._counts[entry.owner]
         else:  # it still has to know its first step
             entry.step = _scalar(0.0 if is_new else 1.0, torch.float32, device)
         if made:
@@ -579,7 +651,7 @@ class Plan:
                     [name for name in made if known.get(name) is None],
                 )
             )
-            known = state.setdefault(param, {})
+            known = state.setdefault(entry.owner, {})
             known.update(made)
         entry.extra = known[rule.extra] if rule.extra else None
         tensors = [param, *(s for s in (*entry.states, entry.source) if s is not None)]
@@ -594,7 +666,10 @@ class Plan:
         what = f"state {name!r}"
         if not isinstance(value, torch.Tensor):
             self._fail(TypeError, entry, f"{what} is a {type(value).__name__}, not a tensor")
-        self._check_plain(entry, value, what)
+        problem = dtensor.misplaced(value, entry.owner)
+        if problem:
+            self._fail(ValueError, entry, f"{what} is {problem}")
+        self._check_plain(entry, dtensor.part_of(value), what)
         if value.shape != shape:
             self._fail(ValueError, entry, f"{what} has shape {tuple(value.shape)}{instead_of(shape, param)}")
         if value.device != param.device:
@@ -602,7 +677,7 @@ class Plan:
         if value.dtype != state_dtype(param):
             expected = str(state_dtype(param)).removeprefix("torch.")
             self._fail(TypeError, entry, f"{what} is {short_dtype(value)}, not {expected}")
-        if value.numel() > 0 and _overlaps_itself(value):
+        if value.numel() > 0 and _overlaps_itself(dtensor.part_of(value)):
             self._fail(RuntimeError, entry, f"several elements of {what} share one address")
 
 

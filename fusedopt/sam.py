@@ -233,14 +233,14 @@ class SAM(FusedOptimizer):
 
     def _ascend(self) -> None:
         with self._ascent_plan() as plan:
-            active = [entry.param for entry in plan.active()]
+            active = [entry.owner for entry in plan.active()]
             sources = {param: self._ascent_state[param]["old_param"] for param in active}
             if any(self._sources.get(param) is not source for param, source in sources.items()):
                 self._sources = {**self._sources, **sources}  # another object: the plan of the step is out of date
             coef: float | None = 1.0
             on_device = {}
             if plan.asynchronous is not None and self.nonfinite == "propagate":
-                norm, _ = plan.asynchronous.measure(math.inf, None, 1.0, torch.float64, plan.is_weighted)
+                norm, _ = plan.measure(math.inf, None, 1.0, torch.float64)
                 inverse = _inverse(norm)
                 on_device = {"control": torch.stack([inverse, torch.zeros_like(inverse)])}
             else:
@@ -304,7 +304,7 @@ class SAM(FusedOptimizer):
         with self._planned("step") as plan:
             # What the device may decide to skip, it must not have to restore.
             is_certain = plan.asynchronous is None or (self.nonfinite != "skip" and found_inf is None)
-            active = [entry.param for entry in plan.active()]
+            active = [entry.owner for entry in plan.active()]
             is_same = len(active) == len(self._ascended or ()) and all(map(is_, active, self._ascended or ()))
             reads_sources = bool(self._ascended) and is_certain and is_same
             if not reads_sources:

@@ -32,6 +32,7 @@ CUDA = "test_device.py::test_kernels_are_the_reference_to_rounding[cuda-AdamW(we
 CUDA_HALVES = "test_device.py::test_kernels_take_every_dtype[cuda-AdamW(weight_decay=0.125)-bfloat16-bfloat16]"
 TRITON = "test_device.py::test_kernels_are_the_reference_to_rounding"
 PAST_CACHES = "test_sam.py::test_beside_a_large_parameter_weights_move_as_beside_a_small_one"
+OVER_PROCESSES = "test_dtensor.py::test_over_processes"
 SAME_AS_TORCH = "test_torch_contract.py::test_comes_to_the_same_as_torch"
 
 
@@ -892,6 +893,77 @@ MUTANTS = [
             "        if problem is not None and name == 'num_blocks':",
             "test_cuda.py::test_failed_cuda_call_is_named_and_changes_nothing[0-cudaLaunchKernel]",
         ),
+        # -- fusedopt/dtensor.py, and what plan.py does with it
+        (
+            "DTensor: norm of this process's part taken for the whole",
+            "fusedopt/dtensor.py",
+            "return (mesh, dims) if dims else None",
+            "return None",
+            f"{OVER_PROCESSES}[every_element_counts_once_in_the_norm]",
+        ),
+        (
+            "DTensor: replicas counted in the norm",
+            "fusedopt/dtensor.py",
+            " if not placement.is_replicate())",
+            ")",
+            f"{OVER_PROCESSES}[every_element_counts_once_in_the_norm]",
+        ),
+        (
+            "DTensor: norm over processes overflows",
+            "fusedopt/dtensor.py",
+            "torch.where((largest > 0) & largest.isfinite(), largest, 1.0)",
+            "torch.ones_like(largest)",
+            f"{OVER_PROCESSES}[norms_that_float32_cannot_square]",
+        ),
+        (
+            "DTensor: gradients of another placement accepted",
+            "fusedopt/dtensor.py",
+            "(not is_dtensor(param) or _placed(tensor) == _placed(param))",
+            "True",
+            f"{OVER_PROCESSES}[what_does_not_fit_is_refused_by_name]",
+        ),
+        (
+            "DTensor: norm below the limit scales up",
+            "fusedopt/plan.py",
+            ".clamp(max=1.0)",
+            "",
+            f"{OVER_PROCESSES}[norms_that_float32_cannot_square]",
+        ),
+        (
+            "DTensor: what another process saw does not skip",
+            "fusedopt/plan.py",
+            "(~norm.isfinite()).double()",
+            "control[1]",
+            f"{OVER_PROCESSES}[all_processes_skip_what_one_of_them_saw]",
+        ),
+        (
+            "DTensor: gradient of the part stays after the step",
+            "fusedopt/plan.py",
+            "            entry.param.grad = None\n",
+            "            pass\n",
+            f"{OVER_PROCESSES}[a_step_plans_only_once_and_leaves_no_trace]",
+        ),
+        (
+            "DTensor: autograd not told",
+            "fusedopt/plan.py",
+            "                torch.autograd.graph.increment_version(written)\n",
+            "",
+            f"{OVER_PROCESSES}[a_step_plans_only_once_and_leaves_no_trace]",
+        ),
+        (
+            "DTensor: another part not noticed",
+            "fusedopt/plan.py",
+            "        if any(dtensor.part_of(whole) is not part for whole, part in self._parts):",
+            "        if False:",
+            f"{OVER_PROCESSES}[parts_that_are_replaced_are_followed]",
+        ),
+        (
+            "DTensor: sums over a part taken for those over the whole",
+            "fusedopt/plan.py",
+            "if self.rule.num_sums and dtensor.norm_group(entry.owner) is not None:",
+            "if False:",
+            f"{OVER_PROCESSES}[what_does_not_fit_is_refused_by_name]",
+        ),
         # -- fusedopt/plan.py
         (
             "group added later not planned",
@@ -1091,7 +1163,7 @@ MUTANTS = [
         (
             "state whose elements share addresses accepted",
             "fusedopt/plan.py",
-            "value.numel() > 0 and _overlaps_itself(value)",
+            "value.numel() > 0 and _overlaps_itself(dtensor.part_of(value))",
             "False",
             "test_errors.py::test_step_refuses_by_name_and_changes_nothing[cpu-AdamW-expanded_state-third step-None]",
         ),
@@ -2105,7 +2177,7 @@ MUTANTS = [
         (
             "sparse: an interrupt comes between sparse and dense parameters",
             "fusedopt/plan.py",
-            "with uninterrupted() if len(self.buckets) > 1 else",
+            "with uninterrupted() if len(self.buckets) > 1 or self._distributed else",
             "with uninterrupted() if not self.buckets else",
             "test_sparse.py::test_interrupt_divides_no_step[cpu-1]",
         ),

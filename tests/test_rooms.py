@@ -47,6 +47,10 @@ WALLS = {
         "fusedopt/plan.py fusedopt/sparse.py fusedopt/backends/*.py",
         [r"fusedopt\.optimizers?\b", r"[\"'](sgd|adagrad|rmsprop|adamw?|nadam|lion)[\"']"],
     ),
+    "who knows DTensors knows no rule and no plan": (
+        "fusedopt/dtensor.py",
+        [r"(import|from) fusedopt", RULE_NAMES, HYPERPARAMETERS, r"\.grad\b|data_ptr"],
+    ),
     "the benchmark times what a user calls": (
         "bench/*.py",
         [r"fusedopt\._(?!_)|fusedopt\.(plan|backends|optimizer|clip|rules|errors)\b"],
