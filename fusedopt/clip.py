@@ -312,7 +312,8 @@ def clip_grad_norm_(
             controls = [Control(on_device=on_device)]
         else:
             pending = [control.on_host() for control in pending]
-            norm = combine_norms([plan.grad_norm() * c.coef for plan, c in zip(plans, pending, strict=True)])
+            norms = [plan.grad_norm() * c.coef for plan, c in zip(plans, pending, strict=True)]
+            norm = float(combine_norms([torch.tensor(norms, dtype=torch.float64)]))
             device = next((plan.norm_device for plan in plans if plan.active()), torch.device("cpu"))
             result = torch.tensor(norm, dtype=dtype, device=device)
             coef = coefficient(norm, limit)

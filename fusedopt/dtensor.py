@@ -53,20 +53,16 @@ def norm_group(tensor: torch.Tensor) -> NormGroup | None:
     return (mesh, dims) if dims else None
 
 
-def norm_over(norm: torch.Tensor, group: NormGroup) -> torch.Tensor:
-    """The 2-norm over the processes of a group, each of which knows that of its part; the same bits on all of them.
+def gathered(values: torch.Tensor, group: NormGroup) -> torch.Tensor:
+    """The values of all processes of a group, in the same order on each; nobody waits for them.
 
     Args:
-        norm: 0-d, float64, on a device of the mesh's type. Nobody waits for it.
+        values: 1-d, on a device of the mesh's type, as many on each process.
     """
     mesh, dims = group
     for dim in dims:
         processes = mesh.get_group(dim)
-        parts = [torch.empty_like(norm) for _ in range(processes.size())]
-        torch.distributed.all_gather(parts, norm, group=processes)
-        norms = torch.stack(parts)
-        largest = norms.max()
-        # So that squares neither overflow nor vanish; 0, infinity and NaN go through as they are.
-        scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-        norm = scale * (norms / scale).square().sum().sqrt()
-    return norm
+        parts = [torch.empty_like(values) for _ in range(processes.size())]
+        torch.distributed.all_gather(parts, values, group=processes)
+        values = torch.cat(parts)
+    return values

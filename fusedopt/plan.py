@@ -148,6 +148,7 @@ class Plan:
         self._fresh: list[tuple[Entry, float, list[str]]] = []  # its step count then, names of the states made
         self.reads_sources = self.has_updated = False
         self.buckets = []
+        self.asynchronous: Any = None  # the first bucket, if all compute coefficients by themselves, on one device
         self._distributed: list[Entry] = []
         self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # DTensors, each with what this process has of it
 
@@ -210,6 +211,8 @@ class Plan:
             self.buckets[-1].norm_group = norm_group
         for bucket in self.buckets:
             bucket.is_alone = len(self.buckets) == 1
+        if all(bucket.is_asynchronous and bucket.device == self.buckets[0].device for bucket in self.buckets):
+            self.asynchronous = next(iter(self.buckets), None)
         # None: then every bucket is good for one step.
         self._watch = _C.Watch(param_groups, self._state) if _C else None
         # The watch and the buckets compare addresses: while they live, nothing else may come to live at one of them.
@@ -310,28 +313,39 @@ class Plan:
         return [bool(scalars[column]) for scalars in self.scalars]
 
     def grad_norm(self) -> float:
-        """2-norm of all gradients, as they are stored."""
+        """2-norm of all gradients, as they are stored, on all processes that they are spread over."""
         is_weighted = self.is_weighted
-        norms = [self._over_processes(bucket, bucket.grad_norm(is_weighted)) for bucket in self.buckets]
-        return norms[0] if len(norms) == 1 else combine_norms(norms)
-
-    def _over_processes(self, bucket: Any, norm: float) -> float:
-        if bucket.norm_group is None:
-            return norm
-        here = torch.tensor(norm, dtype=torch.float64, device=bucket.norm_group[0].device_type)
-        return float(dtensor.norm_over(here, bucket.norm_group))
+        norms = [bucket.grad_norm(is_weighted) for bucket in self.buckets]
+        if len(norms) == 1 and self.buckets[0].norm_group is None:
+            return norms[0]
+        parts = [
+            self._over_processes(bucket, torch.tensor([norm], dtype=torch.float64))
+            for bucket, norm in zip(self.buckets, norms, strict=True)
+        ]
+        return float(combine_norms(parts))
 
     def measure(
         self, max_norm: float, previous: torch.Tensor | None, grad_scale: float | torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm on the device of the bucket that is `asynchronous`, and the control that clips it; see device.py."""
-        group, measure, is_weighted = self.asynchronous.norm_group, self.asynchronous.measure, self.is_weighted
-        if group is None:
-            return measure(max_norm, previous, grad_scale, dtype, is_weighted)
-        here, control = measure(math.inf, previous, grad_scale, torch.float64, is_weighted)
-        norm = dtensor.norm_over(here, group)
+        """The same where everything is `asynchronous`, of the unscaled gradients, 0-d of ``dtype``; and the control that
+        clips it. See device.py."""
+        is_weighted = self.is_weighted
+        if len(self.buckets) == 1 and self.buckets[0].norm_group is None:
+            return self.buckets[0].measure(max_norm, previous, grad_scale, dtype, is_weighted)
+        parts = []
+        for bucket in self.buckets:
+            norm, control = bucket.measure(math.inf, previous, grad_scale, torch.float64, is_weighted)
+            parts.append(self._over_processes(bucket, norm.reshape(1)))
+        norm = combine_norms(parts)
         coef = control[0] if max_norm == math.inf else control[0] * (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm.to(dtype), torch.stack([coef, (~norm.isfinite()).double()])
+
+    def _over_processes(self, bucket: Any, norm: torch.Tensor) -> torch.Tensor:
+        """The norms of all processes that a bucket is spread over, on the norm's device."""
+        if bucket.norm_group is None:
+            return norm.double()
+        mesh = bucket.norm_group[0]
+        return dtensor.gathered(norm.double().to(mesh.device_type), bucket.norm_group).to(norm.device)
 
     def first_nonfinite(self) -> Entry | None:
         """The first parameter, in bucket order, whose gradient holds NaN or infinity."""
@@ -353,21 +367,17 @@ class Plan:
         Where `reads_sources` is set, from the values that its source has.
 
         Args:
-            on_device: what the device multiplies with as well; for the bucket of `asynchronous` alone.
+            on_device: what the device multiplies with as well, where everything is `asynchronous`.
         """
         grad_coefs = [sign * coef for sign in self.signs]
         with uninterrupted() if len(self.buckets) > 1 or self._distributed else _NOTHING:
             for bucket in self.buckets:
                 bucket.update(self.scalars, grad_coefs, self.reads_sources, **on_device)
+                on_device.pop("skipped", None)  # one counts
             if self._distributed:  # autograd counts how often a DTensor was written to apart from its part
                 written = [entry.owner for entry in self._distributed if entry.param.grad is not None]
                 torch.autograd.graph.increment_version(written)
         self.has_updated = True
-
-    @property
-    def asynchronous(self) -> Any:
-        """The bucket that computes coefficients on its device, if that is the only one; else None."""
-        return self.buckets[0] if len(self.buckets) == 1 and self.buckets[0].is_asynchronous else None
 
     def release(self) -> None:
         """Lets go of the gradients that `refresh` held."""
@@ -639,7 +649,7 @@ class Plan:
             entry.states[i] = self._part_of(value)
         if rule.keeps_step:
             entry.step = made["step"] if "step" in made else known["step"]
-        elif not is_new and self._counts.get(entry.owner) is not None:  # the first step may have been skipped by the device
+        elif not is_new and self._counts.get(entry.owner) is not None:  # the device may have skipped the first step
             entry.step = self._counts[entry.owner]
         else:  # it still has to know its first step
             entry.step = _scalar(0.0 if is_new else 1.0, torch.float32, device)
@@ -681,12 +691,15 @@ class Plan:
             self._fail(RuntimeError, entry, f"several elements of {what} share one address")
 
 
-def combine_norms(norms: list[float]) -> float:
-    """The 2-norm of parts whose 2-norms are given, without overflow on the way."""
-    largest = max(norms, default=0.0)
-    if not 0 < largest < float("inf"):
-        return sum(norms)  # 0, inf or NaN
-    return largest * sum((norm / largest) ** 2 for norm in norms) ** 0.5
+def combine_norms(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of parts whose 2-norms are given, float64 in vectors on one device; 0-d. Nobody waits for it.
+
+    Scaled, so that squares neither overflow nor vanish; 0, infinity and NaN go through as they are.
+    """
+    norms = torch.cat([torch.zeros(1, dtype=torch.float64, device=parts[0].device if parts else "cpu"), *parts])
+    largest = norms.max()
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return scale * (norms / scale).square().sum().sqrt()
 
 
 def _seen(group: dict[str, Any]) -> tuple[list, list] | None:

@@ -909,11 +909,11 @@ MUTANTS = [
             f"{OVER_PROCESSES}[every_element_counts_once_in_the_norm]",
         ),
         (
-            "DTensor: norm over processes overflows",
-            "fusedopt/dtensor.py",
-            "torch.where((largest > 0) & largest.isfinite(), largest, 1.0)",
-            "torch.ones_like(largest)",
-            f"{OVER_PROCESSES}[norms_that_float32_cannot_square]",
+            "DTensor: a step skipped on a device counted in every bucket",
+            "fusedopt/plan.py",
+            '                on_device.pop("skipped", None)  # one counts\n',
+            "",
+            f"{OVER_PROCESSES}[all_processes_skip_what_one_of_them_saw]",
         ),
         (
             "DTensor: gradients of another placement accepted",
@@ -1198,8 +1198,8 @@ MUTANTS = [
         (
             "common norm overflows",
             "fusedopt/plan.py",
-            "return largest * sum((norm / largest) ** 2 for norm in norms) ** 0.5",
-            "return sum(norm * norm for norm in norms) ** 0.5",
+            "scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)",
+            "scale = torch.ones_like(largest)",
             "test_clip.py::test_norm_neither_overflows_nor_vanishes[cpu-torch.float64-1e+200-by_function_over_two]",
         ),
         (
