@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
+from fusedopt import dtensor
 from fusedopt.errors import UNCHANGED
 from fusedopt.plan import Plan, combine_norms
 from fusedopt.rules import is_elsewhere, number
@@ -61,9 +62,10 @@ def coefficient(norm: float, max_norm: float) -> float:
     return 1.0 if coef >= 1 else coef
 
 
-def _version_of(grad: torch.Tensor) -> int:
-    """How often it was written to, as autograd counts; not counted for tensors made in inference mode."""
-    return 0 if grad.is_inference() else grad._version
+def _version_of(grad: torch.Tensor) -> tuple[int, int]:
+    """How often it was written to, as autograd counts, apart for a DTensor and for what this process has of it. Not counted
+    for tensors made in inference mode."""
+    return (0, 0) if grad.is_inference() else (grad._version, dtensor.part_of(grad)._version)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Pending:
     """A clip that the next step is to make, and the gradients that it is for."""
 
     control: Control
-    grads: dict[int, tuple[TensorWeakRef, int]]  # id -> (gradient, its version)
+    grads: dict[int, tuple[TensorWeakRef, tuple[int, int]]]  # id -> (gradient, its version)
 
     def knows(self, grad: torch.Tensor) -> bool:
         """Whether the norm was taken of this gradient, perhaps with other values."""
@@ -151,10 +153,10 @@ class Clip:
         if self._pending is None:
             return UNCLIPPED
         active = plan.active()
-        if is_replaceable and not any(self._pending.knows(entry.param.grad) for entry in active):
+        if is_replaceable and not any(self._pending.knows(entry.owner.grad) for entry in active):
             self.forget()
             return UNCLIPPED
-        changed = [entry for entry in active if not self._pending.is_for(entry.param.grad)]
+        changed = [entry for entry in active if not self._pending.is_for(entry.owner.grad)]
         if changed:
             raise RuntimeError(
                 f"{plan.owner}: {changed[0]}: its gradient is new or was changed since clip_grad_norm_; call step() before "
@@ -164,7 +166,7 @@ class Clip:
 
     def defer(self, plan: Plan, control: Control) -> None:
         """Leaves it to the next step to multiply the gradients of now."""
-        grads = [entry.param.grad for entry in plan.active()]
+        grads = [entry.owner.grad for entry in plan.active()]
         seen = {id(grad): (TensorWeakRef(grad), _version_of(grad)) for grad in grads}
         self._pending = Pending(control, seen)
 
@@ -186,7 +188,10 @@ class Clip:
             RuntimeError: ``nonfinite="error"`` and the norm is NaN or infinite; or gradients changed after a deferred clip.
         """
         grad_scale = 1.0 if grad_scale is None else _checked(plan, "grad_scale", grad_scale)
-        found_inf = 0.0 if found_inf is None else _checked(plan, "found_inf", found_inf, takes_bool=True)
+        # One process that skips alone would leave the others waiting for its norm.
+        found_inf = (
+            0.0 if found_inf is None else plan.on_any_process(_checked(plan, "found_inf", found_inf, takes_bool=True))
+        )
         if self.nonfinite == "error" and plan.asynchronous is not None and plan.asynchronous.is_capturing:
             raise RuntimeError(
                 f"{plan.owner}: nonfinite='error' waits for the device, which no CUDA graph can; {UNCHANGED}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-NormGroup = tuple[Any, tuple[int, ...]]  # a mesh, and the dimensions of it that tensors are divided over
+NormGroup = tuple[str, tuple[Any, ...]]  # a type of device, and the process groups that tensors there are spread over
 
 
 def is_dtensor(value: Any) -> bool:
@@ -26,15 +26,25 @@ def part_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
+def grad_part(grad: torch.Tensor | None) -> torch.Tensor | None:
+    """What this process has of a gradient, once it is there: it may still be on its way."""
+    part = None if grad is None else part_of(grad)
+    return part.wait() if hasattr(part, "wait") else part
+
+
 def misplaced(tensor: torch.Tensor, param: torch.Tensor) -> str | None:
     """What a gradient or state is, if one of it and its parameter is a DTensor and the other is none, or another one."""
-    if is_dtensor(tensor) == is_dtensor(param) and (not is_dtensor(param) or _placed(tensor) == _placed(param)):
+    if not is_dtensor(param) and not is_dtensor(tensor):
+        return None
+    if is_dtensor(param) and is_dtensor(tensor) and is_placed_like(tensor, param):
         return None
     return f"{describe(tensor)}, the parameter {describe(param)}"
 
 
-def _placed(tensor: torch.Tensor) -> tuple[Any, tuple]:
-    return tensor.device_mesh, tuple(tensor.placements)
+def is_placed_like(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Of two DTensors, whether each process has the same part of both."""
+    one, two = tensor._spec, other._spec
+    return one is two or (one.mesh == two.mesh and tuple(one.placements) == tuple(two.placements))
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -45,24 +55,25 @@ def describe(tensor: torch.Tensor) -> str:
 
 
 def norm_group(tensor: torch.Tensor) -> NormGroup | None:
-    """Over which processes the elements of a tensor are spread; None if this one has them all."""
-    if not is_dtensor(tensor):
+    """Over which processes the elements of a tensor are spread; None if this one has all of them, or no part in it."""
+    if not is_dtensor(tensor) or tensor.device_mesh.get_coordinate() is None:
         return None
-    mesh, placements = _placed(tensor)
-    dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
-    return (mesh, dims) if dims else None
+    mesh = tensor.device_mesh
+    dims = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate() and mesh.size(i) > 1]
+    return (mesh.device_type, tuple(map(mesh.get_group, dims))) if dims else None
 
 
 def gathered(values: torch.Tensor, group: NormGroup) -> torch.Tensor:
-    """The values of all processes of a group, in the same order on each; nobody waits for them.
+    """The values of all processes of a group, in the same order on each, on the device they were on.
 
     Args:
-        values: 1-d, on a device of the mesh's type, as many on each process.
+        values: 1-d, as many on each process.
     """
-    mesh, dims = group
-    for dim in dims:
-        processes = mesh.get_group(dim)
+    device_type, processes_of_dims = group
+    device = values.device
+    values = values.to(device_type)  # nothing, and nobody waits, if that is where they are
+    for processes in processes_of_dims:
         parts = [torch.empty_like(values) for _ in range(processes.size())]
         torch.distributed.all_gather(parts, values, group=processes)
         values = torch.cat(parts)
-    return values
+    return values.to(device)

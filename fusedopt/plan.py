@@ -22,6 +22,7 @@ from fusedopt import backends, dtensor, sparse
 from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.extension import _C
 from fusedopt.interrupts import uninterrupted
+from fusedopt.reference import clip_coefficient
 from fusedopt.rules import Options, Rule, is_elsewhere, number, read_options, with_lr
 
 _NOTHING = contextlib.nullcontext()
@@ -241,14 +242,17 @@ class Plan:
         )
 
     def _take_parts(self) -> bool:
-        """Gives this process's parts of DTensors their gradients. False: a DTensor has other parts than planned."""
-        if any(dtensor.part_of(whole) is not part for whole, part in self._parts):
+        """Gives this process's parts of DTensors their gradients. False: they have other parts, or gradients, than planned."""
+        if any(whole._local_tensor is not part for whole, part in self._parts):
             return False
         for entry in self._distributed:
             grad = entry.owner.grad
-            if grad is not None and dtensor.misplaced(grad, entry.owner):
+            if grad is not None and not (dtensor.is_dtensor(grad) and dtensor.is_placed_like(grad, entry.owner)):
                 return False
-            entry.param.grad = dtensor.part_of(grad)
+            try:
+                entry.param.grad = dtensor.grad_part(grad)
+            except RuntimeError:  # one that torch does not let be the gradient of such a tensor: planning tells why
+                return False
         return True
 
     def _may_be_captured(self, param_groups: list[dict[str, Any]]) -> bool:
@@ -337,15 +341,19 @@ class Plan:
             norm, control = bucket.measure(math.inf, previous, grad_scale, torch.float64, is_weighted)
             parts.append(self._over_processes(bucket, norm.reshape(1)))
         norm = combine_norms(parts)
-        coef = control[0] if max_norm == math.inf else control[0] * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        coef = control[0] if max_norm == math.inf else control[0] * clip_coefficient(norm, max_norm)
         return norm.to(dtype), torch.stack([coef, (~norm.isfinite()).double()])
 
     def _over_processes(self, bucket: Any, norm: torch.Tensor) -> torch.Tensor:
-        """The norms of all processes that a bucket is spread over, on the norm's device."""
-        if bucket.norm_group is None:
-            return norm.double()
-        mesh = bucket.norm_group[0]
-        return dtensor.gathered(norm.double().to(mesh.device_type), bucket.norm_group).to(norm.device)
+        """The norms of all processes that a bucket is spread over."""
+        return dtensor.gathered(norm, bucket.norm_group) if bucket.norm_group else norm
+
+    def on_any_process(self, found_inf: float | torch.Tensor) -> float | torch.Tensor:
+        """Whether any of the processes that parameters are spread over has found it; each of them asks."""
+        for group in {bucket.norm_group: None for bucket in self.buckets if bucket.norm_group}:
+            here = torch.as_tensor(found_inf, dtype=torch.float32).reshape(1)
+            found_inf = dtensor.gathered(here, group).max()
+        return found_inf
 
     def first_nonfinite(self) -> Entry | None:
         """The first parameter, in bucket order, whose gradient holds NaN or infinity."""
@@ -370,10 +378,13 @@ class Plan:
             on_device: what the device multiplies with as well, where everything is `asynchronous`.
         """
         grad_coefs = [sign * coef for sign in self.signs]
+        writes = []
+        for bucket in self.buckets:
+            writes.append(bucket.prepare(self.scalars, grad_coefs, self.reads_sources, **on_device))
+            on_device.pop("skipped", None)  # one counts
         with uninterrupted() if len(self.buckets) > 1 or self._distributed else _NOTHING:
-            for bucket in self.buckets:
-                bucket.update(self.scalars, grad_coefs, self.reads_sources, **on_device)
-                on_device.pop("skipped", None)  # one counts
+            for write in writes:
+                write()
             if self._distributed:  # autograd counts how often a DTensor was written to apart from its part
                 written = [entry.owner for entry in self._distributed if entry.param.grad is not None]
                 torch.autograd.graph.increment_version(written)
@@ -381,10 +392,11 @@ class Plan:
 
     def release(self) -> None:
         """Lets go of the gradients that `refresh` held."""
-        for bucket in self.buckets:
-            bucket.release()
-        for entry in self._distributed:
-            entry.param.grad = None
+        with uninterrupted() if self._distributed else _NOTHING:
+            for bucket in self.buckets:
+                bucket.release()
+            for entry in self._distributed:
+                entry.param.grad = None
 
     def discard_fresh_state(self) -> bool:
         """Removes the state that this plan made and no update has used. True if there was any: the plan is then void."""
@@ -437,16 +449,23 @@ class Plan:
                 part = self._part_of(param)
                 entry = Entry(part, param, g, i, name, variant, [None] * len(self.rule.states), None, None)
                 entry.has_kernels = self.rule.has_kernels(group)
+                grad = param.grad
                 if entry.is_distributed:
                     self._distributed.append(entry)
-                    problem = None if param.grad is None else dtensor.misplaced(param.grad, param)
+                    part.grad, part.grad_dtype = (
+                        None,
+                        None,
+                    )  # from torch 2.10 on says that its gradient may be of any dtype
+                    problem = None if grad is None else dtensor.misplaced(grad, param)
                     if problem:
-                        self._fail(RuntimeError, entry, f"gradient is {problem}")
-                    part.grad = dtensor.part_of(param.grad)
-                if entry.param.grad is not None:
-                    entry.is_sparse = sparse.is_sparse(entry.param.grad) and self.rule.takes_sparse
+                        self._fail(RuntimeError, entry, f"gradient is {problem}; redistribute it")
+                    grad = dtensor.grad_part(grad)
+                if grad is not None:
+                    entry.is_sparse = sparse.is_sparse(grad) and self.rule.takes_sparse
                     self._check_param(entry)
-                    self._check_grad(entry, entry.param.grad)
+                    self._check_grad(entry, grad)
+                    if entry.is_distributed:
+                        part.grad = grad
                 entries.append(entry)
         return entries
 

@@ -375,8 +375,6 @@ def read_options(rule: Rule, group: Mapping[str, Any]) -> Options:
 
 def with_lr(rule: Rule, options: Options, lr: float) -> Options:
     """The same options but for the learning rate, on which no other depends; or ValueError if it is out of range."""
-    if "lr" not in rule.hyper:
-        return options
     _check_range("lr", lr, given=lr)
     index = rule.hyper.index("lr")
     scalars = (*options.scalars[:index], lr, *options.scalars[index + 1 :])

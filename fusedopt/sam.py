@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from fusedopt import dtensor
 from fusedopt.errors import UNCHANGED
 from fusedopt.interrupts import uninterrupted
 from fusedopt.optimizer import FusedOptimizer
@@ -287,7 +288,9 @@ class SAM(FusedOptimizer):
             fits = (param.shape, param.device) == (old.shape, old.device)
             (fitting if fits else misfits).append((param, old))
         if fitting:
-            torch._foreach_copy_(*map(list, zip(*fitting, strict=True)))
+            parts = [[*map(dtensor.part_of, tensors)] for tensors in zip(*fitting, strict=True)]
+            torch._foreach_copy_(*parts)
+            torch.autograd.graph.increment_version([param for param, _ in fitting if dtensor.is_dtensor(param)])
         self._ascended, self._is_skipping = None, False
         for param, old in misfits:
             raise RuntimeError(

@@ -6,8 +6,9 @@ sparse, one element. Every step reads the gradient anew; nothing it does depends
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -151,10 +152,10 @@ class Bucket:
         index = self._rows.first_nonfinite()
         return index if index < 0 else self._active[index]
 
-    def update(
+    def prepare(
         self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float], from_source: bool = False
-    ) -> None:
-        self._rows.update(scalars, grad_coefs)
+    ) -> Callable[[], None]:
+        return self._rows.prepare(scalars, grad_coefs)
 
 
 class Staged:
@@ -191,7 +192,7 @@ class Staged:
         return next((i for i, grad in enumerate(self._grads) if not grad.isfinite().all()), -1)
 
     @torch.no_grad()
-    def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
+    def prepare(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> Callable[[], None]:
         entries = []
         for entry, tensors, index, grad in zip(self._entries, self._targets, self._index, self._grads, strict=True):
             param, *states = [None if tensor is None else tensor[index] for tensor in tensors]
@@ -199,11 +200,15 @@ class Staged:
             param.grad = grad
             entries.append(replace(entry, param=param, states=states, is_strided=False))
         if not entries:
-            return
+            return lambda: None
         bucket = self._bucket(self._rule, entries)
         bucket.refresh()
+        return functools.partial(self._write, entries, bucket.prepare(scalars, grad_coefs), bucket)
+
+    @torch.no_grad()
+    def _write(self, entries: list[Entry], write: Callable[[], None], bucket: Any) -> None:
         with uninterrupted():
-            bucket.update(scalars, grad_coefs)
+            write()
             for entry, tensors, index in zip(entries, self._targets, self._index, strict=True):
                 for tensor, rows in zip(tensors, [entry.param, *entry.states], strict=True):
                     if tensor is not None:

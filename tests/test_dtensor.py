@@ -6,6 +6,7 @@ reads what each found.
 
 import copy
 import functools
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ if __name__ == "__main__":
     import torch.distributed as dist
     from helpers import SPECS, randn, same_bits
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -175,6 +176,48 @@ def sam_climbs_by_the_norm_of_the_whole_model(rank):
                 assert_close(model.parameters(), whole.parameters())
 
 
+def closure_that_fails_once(params):
+    """The second time it is called; gradients differ from call to call."""
+    calls = itertools.count()
+
+    def closure():
+        call = next(calls)
+        for param in params:
+            grad = randn(param.shape, seed=call)
+            if isinstance(param, DTensor):
+                set_grad(param, grad)
+            else:
+                param.grad = grad
+        if call == 1:
+            raise KeyError
+        return 0.0
+
+    return closure
+
+
+@check
+def sam_comes_back(rank):
+    """By `restore`, after a closure that fails, and where a device decides whether to skip; beside plain parameters too."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for backend in USABLE:
+        for others in ([], [torch.nn.Parameter(randn((4,)))]):
+            params = [placed(randn((6, 3)), Shard(0), mesh=mesh), *others]
+            before = [full(param).clone() for param in params]
+            optimizer = fusedopt.SAM(params, fusedopt.SGD, rho=0.1, lr=0.5, nonfinite="skip", backend=backend)
+            closure = closure_that_fails_once(params)
+            versions = [param._version for param in params]
+            with pytest.raises(KeyError):
+                optimizer.step(closure)
+            assert all(same_bits(full(param), old) for param, old in zip(params, before, strict=True))
+            assert all(param._version > version for param, version in zip(params, versions, strict=True))
+            optimizer.first_step()
+            assert not same_bits(full(params[0]), before[0])
+            optimizer.restore()
+            assert all(same_bits(full(param), old) for param, old in zip(params, before, strict=True))
+            optimizer.step(closure)
+            assert_close(params[:1], [before[0] - 0.5 * randn((6, 3), seed=3)])
+
+
 @check
 def every_element_counts_once_in_the_norm(rank):
     """However many processes have it: spread, spread over columns, replicated, and no DTensor at all; two optimizers too."""
@@ -258,6 +301,103 @@ def all_processes_skip_what_one_of_them_saw(rank):
 
 
 @check
+def all_processes_skip_what_one_of_them_was_told(rank):
+    """GradScaler agrees on `found_inf` by the first gradient's placement only."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for backend in USABLE:
+        for limit in (None, 1.0):
+            param = placed(randn((6, 3)), Shard(0), mesh=mesh)
+            optimizer = fusedopt.AdamW([param], lr=0.1, max_grad_norm=limit, backend=backend)
+            set_grad(param, randn((6, 3), seed=1))
+            for told in (1.0, 0.0):
+                optimizer.found_inf = torch.tensor(told if rank == 1 else 0.0)
+                optimizer.step()
+            assert int(optimizer.skipped_steps) == 1 and float(optimizer.state[param]["step"]) == 1
+
+
+@check
+def a_clip_is_for_the_gradients_it_has_seen(rank):
+    """Both ways to write to a DTensor are noticed: through it, and through what this process has of it."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for backend in USABLE:
+        for write in (lambda grad: grad.mul_(100), lambda grad: grad.to_local().mul_(100)):
+            param = placed(randn((6, 3)), Shard(0), mesh=mesh)
+            before = full(param).clone()
+            optimizer = fusedopt.SGD([param], lr=1.0, backend=backend)
+            set_grad(param, randn((6, 3), seed=1))
+            norm = optimizer.clip_grad_norm_(0.5)
+            grad = full(param.grad).clone()
+            write(param.grad)
+            with pytest.raises(RuntimeError, match="its gradient is new or was changed since clip_grad_norm_"):
+                optimizer.step()
+            assert same_bits(full(param), before)
+            set_grad(param, grad)
+            optimizer.clip_grad_norm_(0.5)
+            optimizer.step()
+            assert_close([param], [before - grad * 0.5 / norm])
+
+
+def fail_second(bucket, prepare, calls, *arguments, **options):
+    if next(calls) == 1:
+        raise MemoryError
+    return prepare(bucket, *arguments, **options)
+
+
+@check
+def what_can_fail_does_so_before_any_part_has_moved(rank):
+    """Some are spread, some are not: two launches on one device."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for backend in USABLE:
+        params = [placed(randn((6, 3), seed=i), how, mesh=mesh) for i, how in enumerate((Shard(0), Replicate()))]
+        optimizer = fusedopt.AdamW(params, lr=0.1, backend=backend)
+        for param in params:
+            set_grad(param, randn((6, 3), seed=5))
+        optimizer.step()
+        before = [full(param).clone() for param in params]
+        kind, calls = BACKENDS[backend].Bucket, itertools.count()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(kind, "prepare", functools.partialmethod(fail_second, kind.prepare, calls))
+            optimizer.step()
+        assert all(same_bits(full(param), old) for param, old in zip(params, before, strict=True))
+        assert all(float(state["step"]) == 1 for state in optimizer.state.values())
+        optimizer.step()
+        assert all(float(state["step"]) == 2 for state in optimizer.state.values())
+
+
+@check
+def a_process_outside_the_mesh_has_nothing_to_do(rank):
+    mesh = DeviceMesh("cpu", [0])
+    param = torch.nn.Parameter(
+        DTensor.from_local(randn((3,) if rank == 0 else (0,)), mesh, [Shard(0)], run_check=False)
+    )
+    param.grad = DTensor.from_local(
+        randn((3,), seed=1) if rank == 0 else randn((0,)), mesh, [Shard(0)], run_check=False
+    )
+    optimizer = fusedopt.SGD([param], lr=1.0, max_grad_norm=1.0)
+    optimizer.step()
+    assert float(optimizer.grad_norm) == (float(randn((3,), seed=1).norm()) if rank == 0 else 0)
+
+
+@check
+def gradients_may_be_on_their_way_or_of_another_dtype(rank):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for backend in USABLE:
+        param = placed(randn((6, 3)), Replicate(), mesh=mesh)
+        before, grad = full(param).clone(), randn((6, 3), seed=1)
+        optimizer = fusedopt.SGD([param], lr=1.0, backend=backend)
+        part = distribute_tensor(grad, mesh, [Shard(0)])
+        param.grad = part.redistribute(placements=[Replicate()], async_op=True)
+        optimizer.step()
+        assert_close([param], [before - grad])
+        if hasattr(torch.Tensor, "grad_dtype"):
+            param.grad_dtype = None
+            for step in (2, 3):
+                param.grad = distribute_tensor(grad.bfloat16(), mesh, [Replicate()])
+                optimizer.step()
+                assert_close([param], [before - grad - (step - 1) * grad.bfloat16()])
+
+
+@check
 def checkpoints_go_both_ways(rank):
     """Through torch.distributed.checkpoint's state dicts, into another kind of sharding, and from and to torch's own class."""
     for make_first, make_second in (
@@ -326,6 +466,9 @@ def what_does_not_fit_is_refused_by_name(rank):
         refused(optimizer, optimizer.step, TypeError, "sums over the whole of it; nothing was updated")
         assert not optimizer.state
         cls([fresh(Replicate())]).step()
+        alone = placed(randn((6, 3)), Replicate(), Shard(0), mesh=init_device_mesh("cpu", (WORLD, 1)))
+        set_grad(alone, randn((6, 3)))
+        cls([alone]).step()
     rows = fusedopt.Adagrad([fresh(Replicate())], rowwise=True)
     refused(rows, rows.step, TypeError, "a rule by rows takes none")
     partial = DTensor.from_local(randn((6, 3)), mesh, [Partial()])

@@ -746,14 +746,14 @@ def test_state_that_an_update_has_used_is_kept(on_backend, monkeypatch):
     params, plain_params = make_params(SHAPES), make_params(SHAPES)
     optimizer, plain = fusedopt.AdamW(params), fusedopt.AdamW(plain_params)
     bucket = fusedopt.backends.BACKENDS[on_backend].Bucket
-    update = bucket.update
+    prepare = bucket.prepare
 
     def interrupted(self, *args, **on_device):
-        update(self, *args, **on_device)
+        prepare(self, *args, **on_device)()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(bucket, "update", interrupted)
+        patch.setattr(bucket, "prepare", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(optimizer, params, 1)
     train(plain, plain_params, 1)

@@ -327,12 +327,12 @@ def test_planted_bug_is_caught(case, mutant, monkeypatch):
     plant, applies = MUTANTS[mutant]
     if not applies(case.rule) or HARMLESS.get(mutant, lambda case: False)(case):
         return  # asserted to be tried somewhere by the test below
-    run = cpu.Bucket.update
+    prepare = cpu.Bucket.prepare
 
     def mutated(bucket, scalars, coefs, from_source=False):
-        plant(case.rule, bucket, lambda *args: run(bucket, *args), scalars, coefs)
+        return lambda: plant(case.rule, bucket, lambda *args: prepare(bucket, *args)(), scalars, coefs)
 
-    monkeypatch.setattr(cpu.Bucket, "update", mutated)
+    monkeypatch.setattr(cpu.Bucket, "prepare", mutated)
     with pytest.raises(AssertionError):
         check_parity(case, torch.float32, torch.float32, sizes=SMALL_SIZES)
 

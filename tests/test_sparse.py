@@ -676,7 +676,7 @@ def test_second_optimizer_over_the_same_table(on_backend):
 def test_failure_on_the_way_changes_nothing(on_backend, monkeypatch):
     """Copying rows may run out of memory; dense parameters are then as they were too."""
     if on_backend == "cpu":
-        target, name = "fusedopt.backends.cpu.Rows", "update"
+        target, name = "fusedopt.backends.cpu.Rows", "prepare"
     else:
         target, name = "fusedopt.sparse", "replace"
 

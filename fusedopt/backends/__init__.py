@@ -5,14 +5,15 @@ there; without a device, on this machine. SCALARS_ON_DEVICE: whether it keeps st
 memory.
 
 `Bucket(rule, entries)` takes the entries of one device and offers `entries`, `refresh() -> bool` (False: it no longer fits),
-`grad_norm(is_weighted) -> float`, `first_nonfinite() -> int` (an index into `entries`, or -1), `update(scalars, grad_coefs,
-from_source)`, which writes only when nothing can fail any more, and `release()`. Of `is_weighted`, `scalars` and `grad_coefs`
+`grad_norm(is_weighted) -> float`, `first_nonfinite() -> int` (an index into `entries`, or -1), `prepare(scalars, grad_coefs,
+from_source)`, which does what can fail and returns what writes, and `release()`. Of `is_weighted`, `scalars` and `grad_coefs`
 there is one per group (plan.py). `is_capturing`: what it launches goes into a CUDA graph. One that `is_asynchronous` can leave
-clipping and skipping to the device, so that nobody waits for it: `measure()`, more arguments of `update()`, `has_launched` (see
-device.py). The plan sets `is_alone`, where it has only this one, and `norm_group`: over which processes its tensors are spread.
+clipping and skipping to the device, so that nobody waits for it: `measure()`, more arguments of `prepare()`, `has_launched`
+(see device.py). The plan sets `is_alone`, where it has only this one, and `norm_group`: which processes its tensors are spread
+over.
 
 A backend that can update single rows where they are has `Rows(touched)` too: made for one step, with what sparse gradients
-touch (fusedopt/sparse.py), it offers `grad_norm`, `first_nonfinite` (an index into ``touched``) and `update` as a bucket does.
+touch (fusedopt/sparse.py), it offers `grad_norm`, `first_nonfinite` (an index into ``touched``) and `prepare` as a bucket does.
 """
 
 from __future__ import annotations

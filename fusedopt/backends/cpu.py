@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,14 +105,13 @@ class Bucket:
     def first_nonfinite(self) -> int:
         return self._table.first_nonfinite()
 
-    def update(
+    def prepare(
         self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float], from_source: bool = False
-    ) -> None:
+    ) -> Callable[[], None]:
         # Autograd must notice that a tensor it saved has changed.
-        written = with_gradient(self._table, self._params)
-        self._table.update(
-            scalars, grad_coefs, from_source, torch.get_num_threads(), torch.autograd.graph.increment_version, written
-        )
+        written, increment = with_gradient(self._table, self._params), torch.autograd.graph.increment_version
+        threads = torch.get_num_threads()
+        return lambda: self._table.update(scalars, grad_coefs, from_source, threads, increment, written)
 
 
 class Rows:
@@ -134,6 +133,7 @@ class Rows:
     def first_nonfinite(self) -> int:
         return self._table.first_nonfinite()
 
-    def update(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> None:
+    def prepare(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> Callable[[], None]:
         written, increment = [part.entry.param for part in self._touched], torch.autograd.graph.increment_version
-        self._table.update(scalars, grad_coefs, False, torch.get_num_threads(), increment, written)
+        threads = torch.get_num_threads()
+        return lambda: self._table.update(scalars, grad_coefs, False, threads, increment, written)

@@ -124,11 +124,12 @@ class Bucket(ABC):
             self._watch is not None and not self._watch.refresh(torch.get_num_threads(), may_move=False)
         ):
             return False
-        if not self._tables:
-            return True
         with self._on_device():
             self._in_capture = self.is_capturing
             stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
+            if not self._tables:
+                self._stream = stream
+                return True
             if not self._is_uploaded:
                 for table in self._tables:
                     table.upload_chunks(self._upload, self.device)
@@ -280,7 +281,7 @@ class Bucket(ABC):
     def first_nonfinite(self) -> int:
         return first_nonfinite(self.entries)
 
-    def update(
+    def prepare(
         self,
         scalars: Sequence[Sequence[float]],
         grad_coefs: Sequence[float],
@@ -290,12 +291,12 @@ class Bucket(ABC):
         found_inf: float | torch.Tensor = 0.0,
         skips_nonfinite: bool = False,
         skipped: torch.Tensor | None = None,
-    ) -> None:
-        """One step. What gradients are multiplied with beside ``grad_coefs``, and whether, the device finds out itself."""
+    ) -> Callable[[], None]:
+        """A step. What gradients are multiplied with beside ``grad_coefs``, and whether, the device finds out itself."""
+        launches: list[tuple[_Table, dict[str, Any]]] = []
         if not self._tables:  # no kernel counts
-            if skipped is not None:
-                skipped.add_(self._constant(found_inf, torch.float32) != 0)
-            return
+            has_skipped = None if skipped is None else self._constant(found_inf, torch.float32) != 0
+            return lambda: has_skipped is None or skipped.add_(has_skipped)
         with self._on_device():
             self._set_hyper([[*row, coef] for row, coef in zip(scalars, grad_coefs, strict=True)])
             step_wide = dict(
@@ -308,7 +309,6 @@ class Bucket(ABC):
             )  # fmt: skip
             if control is not None and self._stream is not None:  # a clip may have been made on another stream
                 control.record_stream(self._stream)
-            launches = []
             for table in self._tables:
                 counts_skip = int(skipped is not None and table is self._tables[0])
                 arguments = {**table.arguments, **table.update_arguments, **step_wide, "counts_skip": counts_skip}
@@ -319,25 +319,28 @@ class Bucket(ABC):
                 written = with_gradient(self._watch, self._params)
             else:
                 written = [param for param in self._params if param.grad is not None]
-            # One launch is made or not made; what is more than one thing to do, no Ctrl-C may divide.
-            is_one = len(launches) == 1 and not launches[0][0].has_copies
-            with _NOTHING if is_one else uninterrupted():
-                had_launched, num_done = self.has_launched, 0
-                self.has_launched = is_written = True  # already now: an interrupt may come right after the launch
-                try:
-                    for table, arguments in launches:
-                        self._launch(table.kernels.update, arguments)
-                        num_done += 1
-                    for table in self._tables:
-                        if table.has_copies:
-                            table.write_back()
-                except Exception:
-                    is_written = num_done > 0
-                    self.has_launched = had_launched or is_written
-                    raise
-                finally:
-                    if is_written:  # autograd must notice that a tensor it saved has changed
-                        torch.autograd.graph.increment_version(written)
+        return lambda: self._make(launches, written)
+
+    def _make(self, launches: list[tuple[_Table, dict[str, Any]]], written: list[torch.Tensor]) -> None:
+        # One launch is made or not made; what is more than one thing to do, no Ctrl-C may divide.
+        is_one = len(launches) == 1 and not launches[0][0].has_copies
+        with self._on_device(), _NOTHING if is_one else uninterrupted():
+            had_launched, num_done = self.has_launched, 0
+            self.has_launched = is_written = True  # already now: an interrupt may come right after the launch
+            try:
+                for table, arguments in launches:
+                    self._launch(table.kernels.update, arguments)
+                    num_done += 1
+                for table in self._tables:
+                    if table.has_copies:
+                        table.write_back()
+            except Exception:
+                is_written = num_done > 0
+                self.has_launched = had_launched or is_written
+                raise
+            finally:
+                if is_written:  # autograd must notice that a tensor it saved has changed
+                    torch.autograd.graph.increment_version(written)
 
     def _set_hyper(self, rows: list[list]) -> None:
         """Hyperparameters on the device. Those that are tensors there are copied in every step: they may have changed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +41,13 @@ def first_nonfinite(entries: Sequence[Entry]) -> int:
     return -1
 
 
+@torch.no_grad()
+def _write(values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """In one call, which no interrupt divides."""
+    if values:
+        torch._foreach_copy_(*map(list, zip(*values, strict=True)))
+
+
 class Bucket:
     """Entries on one device, updated by the reference functions in the dtype of their states."""
 
@@ -74,16 +81,15 @@ class Bucket:
         return first_nonfinite(self.entries)
 
     @torch.no_grad()
-    def update(
+    def prepare(
         self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float], from_source: bool = False
-    ) -> None:
+    ) -> Callable[[], None]:
         new_values = [
             self._computed(entry, scalars[entry.group], grad_coefs[entry.group], from_source)
             for entry in self._active()
         ]
         written = [*itertools.chain.from_iterable(new_values)]
-        if written:  # only now, because computing can run out of memory; all in one call, which no interrupt divides
-            torch._foreach_copy_(*map(list, zip(*written, strict=True)))
+        return lambda: _write(written)
 
     def _computed(
         self, entry: Entry, scalars: Sequence[float], grad_coef: float, from_source: bool
