@@ -188,10 +188,11 @@ class Clip:
             RuntimeError: ``nonfinite="error"`` and the norm is NaN or infinite; or gradients changed after a deferred clip.
         """
         grad_scale = 1.0 if grad_scale is None else _checked(plan, "grad_scale", grad_scale)
-        # One process that skips alone would leave the others waiting for its norm.
-        found_inf = (
-            0.0 if found_inf is None else plan.on_any_process(_checked(plan, "found_inf", found_inf, takes_bool=True))
-        )
+        if found_inf is None:
+            found_inf = 0.0
+        else:
+            found_inf = _checked(plan, "found_inf", found_inf, takes_bool=True)
+            found_inf = plan.on_any_process(found_inf)  # who skips alone would leave others waiting for its norm
         if self.nonfinite == "error" and plan.asynchronous is not None and plan.asynchronous.is_capturing:
             raise RuntimeError(
                 f"{plan.owner}: nonfinite='error' waits for the device, which no CUDA graph can; {UNCHANGED}"

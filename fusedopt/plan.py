@@ -452,10 +452,9 @@ class Plan:
                 grad = param.grad
                 if entry.is_distributed:
                     self._distributed.append(entry)
-                    part.grad, part.grad_dtype = (
-                        None,
-                        None,
-                    )  # from torch 2.10 on says that its gradient may be of any dtype
+                    part.grad = None
+                    if hasattr(torch.Tensor, "grad_dtype"):  # torch 2.10 and newer
+                        part.grad_dtype = None  # any
                     problem = None if grad is None else dtensor.misplaced(grad, param)
                     if problem:
                         self._fail(RuntimeError, entry, f"gradient is {problem}; redistribute it")

@@ -293,7 +293,6 @@ class Bucket(ABC):
         skipped: torch.Tensor | None = None,
     ) -> Callable[[], None]:
         """A step. What gradients are multiplied with beside ``grad_coefs``, and whether, the device finds out itself."""
-        launches: list[tuple[_Table, dict[str, Any]]] = []
         if not self._tables:  # no kernel counts
             has_skipped = None if skipped is None else self._constant(found_inf, torch.float32) != 0
             return lambda: has_skipped is None or skipped.add_(has_skipped)
@@ -309,6 +308,7 @@ class Bucket(ABC):
             )  # fmt: skip
             if control is not None and self._stream is not None:  # a clip may have been made on another stream
                 control.record_stream(self._stream)
+            launches = []
             for table in self._tables:
                 counts_skip = int(skipped is not None and table is self._tables[0])
                 arguments = {**table.arguments, **table.update_arguments, **step_wide, "counts_skip": counts_skip}
@@ -319,9 +319,9 @@ class Bucket(ABC):
                 written = with_gradient(self._watch, self._params)
             else:
                 written = [param for param in self._params if param.grad is not None]
-        return lambda: self._make(launches, written)
+        return lambda: self._launch_all(launches, written)
 
-    def _make(self, launches: list[tuple[_Table, dict[str, Any]]], written: list[torch.Tensor]) -> None:
+    def _launch_all(self, launches: list[tuple[_Table, dict[str, Any]]], written: list[torch.Tensor]) -> None:
         # One launch is made or not made; what is more than one thing to do, no Ctrl-C may divide.
         is_one = len(launches) == 1 and not launches[0][0].has_copies
         with self._on_device(), _NOTHING if is_one else uninterrupted():
