@@ -65,7 +65,8 @@ def coefficient(norm: float, max_norm: float) -> float:
 def _version_of(grad: torch.Tensor) -> tuple[int, int]:
     """How often it was written to, as autograd counts, apart for a DTensor and for what this process has of it. Not counted
     for tensors made in inference mode."""
-    return (0, 0) if grad.is_inference() else (grad._version, dtensor.part_of(grad)._version)
+    whole, part = (0 if of.is_inference() else of._version for of in (grad, dtensor.part_of(grad)))
+    return whole, part
 
 
 @dataclass(frozen=True)

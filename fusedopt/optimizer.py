@@ -162,9 +162,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             try:
                 if plan is not None:
-                    plan.release()
-                    if plan.discard_fresh_state():
-                        setattr(self, slot, None)
+                    try:
+                        plan.release()
+                    finally:
+                        if plan.discard_fresh_state():
+                            setattr(self, slot, None)
             finally:
                 if self._in_step.get(process) == thread:
                     del self._in_step[process]

@@ -198,7 +198,8 @@ class Staged:
             param, *states = [None if tensor is None else tensor[index] for tensor in tensors]
             param = param.to(entry.state_dtype)
             param.grad = grad
-            entries.append(replace(entry, param=param, states=states, is_strided=False))
+            step, extra = (None if scalar is None else scalar.clone() for scalar in (entry.step, entry.extra))
+            entries.append(replace(entry, param=param, states=states, step=step, extra=extra, is_strided=False))
         if not entries:
             return lambda: None
         bucket = self._bucket(self._rule, entries)
@@ -213,6 +214,10 @@ class Staged:
                 for tensor, rows in zip(tensors, [entry.param, *entry.states], strict=True):
                     if tensor is not None:
                         tensor.index_put_(index, rows.to(tensor.dtype))
+            for entry, staged in zip(self._entries, entries, strict=True):  # last, as this can hardly fail
+                entry.step.copy_(staged.step)
+                if entry.extra is not None:
+                    entry.extra.copy_(staged.extra)
         bucket.release()
 
 

@@ -33,12 +33,13 @@ HUGE: tl.constexpr = tl.constexpr(2.0**540)
 TINY: tl.constexpr = tl.constexpr(2.0**-540)
 
 
-def launch_options(kernel, itemsizes, warp_size, is_nvidia):
+def launch_options(kernel, itemsizes, warp_size, capability):
     """How a kernel is compiled for tensors of such elements; no autotuner, which would run it several times, in place.
 
     Args:
         kernel: `global_norm`, `update`, or `measure`.
         itemsizes: bytes of an element of each tensor that it loads; of the norm, only of the gradient.
+        capability: of an NVIDIA GPU, 90 for 9.0; None for others.
     """
     options = {
         "CHUNK": CHUNK,
@@ -48,9 +49,11 @@ def launch_options(kernel, itemsizes, warp_size, is_nvidia):
         # No fused multiply-add, as in the CPU engine, and whatever this version of Triton does by default.
         "enable_fp_fusion": False,
     }
-    if is_nvidia:  # registers a thread may use: left alone, the compiler spills some to fit more programs
-        is_small, is_large = {*itemsizes} == {4} and len(itemsizes) < 6, {*itemsizes} == {8} and len(itemsizes) >= 6
+    if capability is not None:  # registers a thread may use: left alone, the compiler spills some to fit more programs
+        is_small, is_large = {*itemsizes} == {4} and len(itemsizes) < 6, max(itemsizes) == 8 and len(itemsizes) >= 6
         options["maxnreg"] = 64 if kernel is global_norm or is_small else 160 if is_large else 128
+        if capability >= 120 or (capability >= 100 and kernel is global_norm and min(itemsizes) == 2):
+            options["maxnreg"] += 16  # where some still spill
     return options
 
 

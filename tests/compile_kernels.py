@@ -2,7 +2,7 @@
 
     python -m tests.compile_kernels            of every Triton kernel compiled for the usual targets, and of the CUDA kernels
                                                in the installed object
-    python -m tests.compile_kernels --all      Triton's for all targets
+    python -m tests.compile_kernels --all      Triton's for all targets, every pair of dtypes
     python -m tests.compile_kernels --write    and keeps it as tests/compiled_kernels.json
 
 A process of its own, because the kernels are either compiled or interpreted, which is decided when they are imported.
@@ -92,7 +92,7 @@ def compile_variant(variant):
     name, *what = kernel.split()
     rule = RULES.get(name)
     function = getattr(engine, kernel.split()[-1], engine.update)
-    options = engine.launch_options(function, itemsizes, warp_size, is_cuda)
+    options = engine.launch_options(function, itemsizes, warp_size, int(target[3:]) if is_cuda else None)
     constants = {name: options.pop(name) for name in ("BLOCK", "CHUNK")}
     constants |= {"GRAD_DTYPE": types[grad], "PARAM_DTYPE": types[param], "DTYPE": types[computed], "STORES": stores}
     constants |= {"IS_FINAL": True, "NUM_PARTIALS": 2048, "NUM_SUMS": 2, "FROM_SOURCE": what == ["from", "source"]}
@@ -225,6 +225,9 @@ def main(arguments):
             lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in kernels.items())
             blocks.append(f"  {json.dumps(compiler)}: {{\n{lines}\n  }}")
         TABLE.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+    spilling = [name for kernels in result.values() for name, facts in kernels.items() if facts["spilled"]]
+    if spilling:
+        parser.exit(1, f"registers are spilled in {', '.join(spilling)}\n")
 
 
 if __name__ == "__main__":

@@ -918,22 +918,22 @@ MUTANTS = [
         (
             "DTensor: writing to a clipped gradient not noticed",
             "fusedopt/clip.py",
-            "(grad._version, dtensor.part_of(grad)._version)",
-            "(0, dtensor.part_of(grad)._version)",
+            "    return whole, part\n",
+            "    return 0, part\n",
             f"{OVER_PROCESSES}[a_clip_is_for_the_gradients_it_has_seen]",
         ),
         (
             "DTensor: writing to a part of a clipped gradient not noticed",
             "fusedopt/clip.py",
-            "(grad._version, dtensor.part_of(grad)._version)",
-            "(grad._version, 0)",
+            "    return whole, part\n",
+            "    return whole, 0\n",
             f"{OVER_PROCESSES}[a_clip_is_for_the_gradients_it_has_seen]",
         ),
         (
             "DTensor: a process skips alone",
             "fusedopt/plan.py",
-            "found_inf = dtensor.gathered(here, group).max()",
-            "found_inf = here.max()",
+            "found_inf = dtensor.gathered(found_inf.reshape(1), group).max()",
+            "pass",
             f"{OVER_PROCESSES}[all_processes_skip_what_one_of_them_was_told]",
         ),
         (

@@ -344,6 +344,21 @@ def fail_second(bucket, prepare, calls, *arguments, **options):
 
 
 @check
+def a_clip_takes_gradients_that_no_one_counts(rank):
+    """Parts made in inference mode have no version."""
+    with torch.inference_mode():
+        part = randn((2, 3), seed=1)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    param = placed(randn((2 * WORLD, 3)), Shard(0), mesh=mesh)
+    param.grad = DTensor.from_local(part, mesh, [Shard(0)])
+    optimizer = fusedopt.SGD([param], lr=1.0)
+    before = full(param).clone()
+    norm = optimizer.clip_grad_norm_(0.5)
+    optimizer.step()
+    assert_close([param], [before - full(param.grad) * 0.5 / norm])
+
+
+@check
 def what_can_fail_does_so_before_any_part_has_moved(rank):
     """Some are spread, some are not: two launches on one device."""
     mesh = init_device_mesh("cpu", (WORLD,))

@@ -673,12 +673,13 @@ def test_second_optimizer_over_the_same_table(on_backend):
         fusedopt.clip_grad_norm_([fusedopt.SGD([param]), fusedopt.Adagrad([param])], 1.0)
 
 
-def test_failure_on_the_way_changes_nothing(on_backend, monkeypatch):
-    """Copying rows may run out of memory; dense parameters are then as they were too."""
+@pytest.mark.parametrize("writes_back", [False, True])
+def test_failure_on_the_way_changes_nothing(writes_back, on_backend, monkeypatch):
+    """Copying rows may run out of memory, there or back; dense parameters are then as they were too."""
     if on_backend == "cpu":
-        target, name = "fusedopt.backends.cpu.Rows", "prepare"
+        what = "fusedopt.backends.cpu.Rows.prepare"
     else:
-        target, name = "fusedopt.sparse", "replace"
+        what = "torch.Tensor.index_put_" if writes_back else "fusedopt.sparse.replace"
 
     def fail(*arguments, **options):
         raise MemoryError
@@ -688,7 +689,7 @@ def test_failure_on_the_way_changes_nothing(on_backend, monkeypatch):
     for _ in range(2):
         set_mixed_grads(params, 0)
         with monkeypatch.context() as patch, pytest.raises(MemoryError), nothing_changes(opt):
-            patch.setattr(f"{target}.{name}", fail)
+            patch.setattr(what, fail)
             opt.step()
         opt.step()
 

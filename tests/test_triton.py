@@ -19,7 +19,7 @@ from helpers import in_a_new_process, make_params, same_bits, set_grads
 
 import fusedopt
 
-BLOCK = engine.launch_options(engine.update, (4, 4, 4), 32, False)["BLOCK"]
+BLOCK = engine.launch_options(engine.update, (4, 4, 4), 32, None)["BLOCK"]
 CHUNK = engine.CHUNK
 
 

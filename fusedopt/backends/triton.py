@@ -142,9 +142,10 @@ class Kernels(device.Kernels):
 
 
 @functools.cache
-def _machine(where: torch.device) -> tuple[int, int, bool]:
-    """(multiprocessors, threads of a warp, whether it is NVIDIA's)."""
+def _machine(where: torch.device) -> tuple[int, int, int | None]:
+    """(multiprocessors, threads of a warp, NVIDIA's compute capability: 90 for 9.0; None if it is another's)."""
     if where.type == "cpu":
-        return 1, 32, False
+        return 1, 32, None
     properties = torch.cuda.get_device_properties(where)
-    return properties.multi_processor_count, properties.warp_size, torch.version.hip is None
+    capability = 10 * properties.major + properties.minor if torch.version.hip is None else None
+    return properties.multi_processor_count, properties.warp_size, capability
