@@ -1,8 +1,8 @@
 """Parameters that are DTensors, as `fully_shard` (FSDP2) and tensor parallelism make them: each process updates its part.
 
 A plan sees that part only, a plain tensor, and knows the DTensor as its owner (plan.py). States are DTensors placed like their
-parameter, so torch.distributed.checkpoint saves and loads them for any number of processes. What is left to do over all
-processes is the norm: each element counts once, however many processes have it.
+parameter, as in torch.optim, and as torch.distributed.checkpoint expects them. What is left to do over all processes is the
+norm: each element counts once, however many processes have it.
 """
 
 from __future__ import annotations

@@ -350,7 +350,7 @@ class Plan:
 
     def on_any_process(self, found_inf: float | torch.Tensor) -> float | torch.Tensor:
         """Whether any of the processes that parameters are spread over has found it; each of them asks."""
-        for group in {bucket.norm_group: None for bucket in self.buckets if bucket.norm_group}:
+        for group in dict.fromkeys(bucket.norm_group for bucket in self.buckets if bucket.norm_group):
             if not isinstance(found_inf, torch.Tensor):
                 found_inf = torch.full((), found_inf, device=self.norm_device)
             found_inf = dtensor.gathered(found_inf.reshape(1), group).max()

@@ -32,8 +32,14 @@ def check(function):
 if __name__ == "__main__":
     import conftest  # noqa: F401  the emulated backends
     import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
     from helpers import SPECS, randn, same_bits
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        get_state_dict,
+        set_optimizer_state_dict,
+        set_state_dict,
+    )  # fmt: skip
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -88,7 +94,8 @@ def placed(values, *placements, mesh):
 
 
 def set_grad(param, values):
-    param.grad = distribute_tensor(values, param.device_mesh, param.placements)
+    is_placed = isinstance(param, DTensor)
+    param.grad = distribute_tensor(values, param.device_mesh, param.placements) if is_placed else values
 
 
 # ---- the checks --------------------------------------------------------------------------------------------------
@@ -183,11 +190,7 @@ def closure_that_fails_once(params):
     def closure():
         call = next(calls)
         for param in params:
-            grad = randn(param.shape, seed=call)
-            if isinstance(param, DTensor):
-                set_grad(param, grad)
-            else:
-                param.grad = grad
+            set_grad(param, randn(param.shape, seed=call))
         if call == 1:
             raise KeyError
         return 0.0
@@ -235,10 +238,7 @@ def every_element_counts_once_in_the_norm(rank):
         ]
         grads = [randn((7, 5), seed=10 + i) for i in range(7)]
         for param, grad in zip(params, grads, strict=True):
-            if isinstance(param, DTensor):
-                set_grad(param, grad)
-            else:
-                param.grad = grad
+            set_grad(param, grad)
         expected = torch.cat(grads).double().norm().float()
         optimizer = fusedopt.SGD(params, lr=1.0, max_grad_norm=1.0, backend=backend)
         optimizer.step()
@@ -337,12 +337,6 @@ def a_clip_is_for_the_gradients_it_has_seen(rank):
             assert_close([param], [before - grad * 0.5 / norm])
 
 
-def fail_second(bucket, prepare, calls, *arguments, **options):
-    if next(calls) == 1:
-        raise MemoryError
-    return prepare(bucket, *arguments, **options)
-
-
 @check
 def a_clip_takes_gradients_that_no_one_counts(rank):
     """Parts made in inference mode have no version."""
@@ -356,6 +350,12 @@ def a_clip_takes_gradients_that_no_one_counts(rank):
     norm = optimizer.clip_grad_norm_(0.5)
     optimizer.step()
     assert_close([param], [before - full(param.grad) * 0.5 / norm])
+
+
+def fail_second(bucket, prepare, calls, *arguments, **options):
+    if next(calls) == 1:
+        raise MemoryError
+    return prepare(bucket, *arguments, **options)
 
 
 @check
@@ -412,7 +412,7 @@ def gradients_may_be_on_their_way_or_of_another_dtype(rank):
 
 @check
 def checkpoints_go_both_ways(rank):
-    """Through torch.distributed.checkpoint's state dicts, into another kind of sharding, and from and to torch's own class."""
+    """Through the state dicts of torch.distributed.checkpoint, and from and to torch's own class."""
     for make_first, make_second in (
         (fusedopt.AdamW, fusedopt.AdamW),
         (fusedopt.AdamW, torch.optim.AdamW),
@@ -435,6 +435,26 @@ def checkpoints_go_both_ways(rank):
         third.load_state_dict(second.state_dict())
         for mine, its in zip(third.state.values(), second.state.values(), strict=True):
             assert all(same_bits(full(mine[name]), full(its[name])) for name in its)
+
+
+@check
+def a_checkpoint_of_several_processes_is_one_of_the_whole_model(rank):
+    """Saved to disk and loaded by torch.distributed.checkpoint, where nothing is spread."""
+    model, whole = Model(), Model()
+    fully_shard(model)
+    optimizer, alone = fusedopt.AdamW(model.parameters(), lr=0.01), fusedopt.AdamW(whole.parameters(), lr=0.5)
+    train(model, optimizer, 3)
+    folder = Path(sys.argv[2], "checkpoint")
+    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder)
+    loaded = dict(zip(("model", "optimizer"), get_state_dict(whole, alone), strict=True))
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(whole, alone, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    for param, other in zip(model.parameters(), whole.parameters(), strict=True):
+        mine, its = optimizer.state[param], alone.state[other]
+        assert all(same_bits(full(mine[name]), its[name]) for name in mine)
+    train(model, optimizer, 2, first=3)
+    train(whole, alone, 2, first=3)
+    assert_close(model.parameters(), whole.parameters())
 
 
 @check
