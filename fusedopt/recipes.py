@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 from torch import nn
 from torch.optim import Optimizer
@@ -48,17 +48,36 @@ class Setting:
     is_overridden: bool
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a recipe made. Unpacks as ``optimizer, scheduler = recipe``; prints as a table of its settings."""
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer, covariant=True)
+
+
+class Recipe(tuple[OptimizerT, LRScheduler], Generic[OptimizerT]):
+    """What a recipe made: the pair ``optimizer, scheduler``. Prints as a table of its settings.
+
+    Attributes:
+        name: of the recipe.
+        settings: a `Setting` each.
+    """
 
     name: str
-    optimizer: Optimizer
-    scheduler: LRScheduler
     settings: tuple[Setting, ...]
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.optimizer, self.scheduler))
+    def __new__(
+        cls, name: str, optimizer: OptimizerT, scheduler: LRScheduler, settings: tuple[Setting, ...]
+    ) -> Recipe[OptimizerT]:
+        self = super().__new__(cls, (optimizer, scheduler))
+        self.name, self.settings = name, settings
+        return self
+
+    @property
+    def optimizer(self) -> OptimizerT:
+        """The first of the pair."""
+        return self[0]
+
+    @property
+    def scheduler(self) -> LRScheduler:
+        """The second of the pair."""
+        return self[1]
 
     def __str__(self) -> str:
         rows = [("setting", "value", "source")]
@@ -68,7 +87,13 @@ class Recipe:
         return "\n".join([f"recipe {self.name}", *lines])
 
 
-def transformer_pretraining(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe:
+@overload
+def transformer_pretraining(
+    model: nn.Module, total_steps: int, *, optimizer: type[OptimizerT], **overrides: Any
+) -> Recipe[OptimizerT]: ...
+@overload
+def transformer_pretraining(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe[AdamW]: ...
+def transformer_pretraining(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe[Any]:
     """To train a transformer from scratch: AdamW, clipped, with a warmup and a cosine down to a tenth.
 
     - lr 3e-4: LLaMA 7B and 13B (Touvron et al. 2023, table 2), GPT-3 of 350M parameters (Brown et al. 2020, table 2.1).
@@ -119,7 +144,13 @@ def transformer_pretraining(model: nn.Module, total_steps: int, **overrides: Any
     return _make("transformer_pretraining", model, total_steps, settings, lion, overrides)
 
 
-def fine_tuning(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe:
+@overload
+def fine_tuning(
+    model: nn.Module, total_steps: int, *, optimizer: type[OptimizerT], **overrides: Any
+) -> Recipe[OptimizerT]: ...
+@overload
+def fine_tuning(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe[AdamW]: ...
+def fine_tuning(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe[Any]:
     """To fine-tune a pretrained transformer: AdamW with a small lr, clipped, with a warmup and a line down to 0.
 
     - lr 2e-5: the smallest of the three that BERT was tuned over (5e-5, 3e-5, 2e-5; Devlin et al. 2019, appendix A.3), the
@@ -165,7 +196,13 @@ def fine_tuning(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe:
     return _make("fine_tuning", model, total_steps, settings, lion, overrides)
 
 
-def image_from_scratch(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe:
+@overload
+def image_from_scratch(
+    model: nn.Module, total_steps: int, *, optimizer: type[OptimizerT], **overrides: Any
+) -> Recipe[OptimizerT]: ...
+@overload
+def image_from_scratch(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe[SGD]: ...
+def image_from_scratch(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe[Any]:
     """To train a convolutional network for images: SGD with momentum, a warmup and a cosine down to 0.
 
     - lr 0.1 for batches of 256 images, momentum 0.9, weight decay 1e-4: He et al. 2016, section 3.4. For other batches in
@@ -213,7 +250,11 @@ def image_from_scratch(model: nn.Module, total_steps: int, **overrides: Any) -> 
     return _make("image_from_scratch", model, total_steps, settings, {}, overrides)
 
 
-def rnn(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe:
+@overload
+def rnn(model: nn.Module, total_steps: int, *, optimizer: type[OptimizerT], **overrides: Any) -> Recipe[OptimizerT]: ...
+@overload
+def rnn(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe[Adam]: ...
+def rnn(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe[Any]:
     """To train a recurrent network: Adam, clipped, with a line down to 0.
 
     - lr 1e-3, betas (0.9, 0.999), eps 1e-8, no weight decay, no warmup: Kingma & Ba 2015.
@@ -273,7 +314,7 @@ def rnn(model: nn.Module, total_steps: int, **overrides: Any) -> Recipe:
 
 def _make(
     recipe: str, model: nn.Module, total_steps: int, settings: Settings, lion: Settings, overrides: dict[str, Any]
-) -> Recipe:
+) -> Recipe[Any]:
     """Splits settings and overrides among parameter groups, optimizer and schedule, by the names that each one takes."""
     own_cls, schedule = settings["optimizer"][0], overrides.get("schedule", settings["schedule"][0])
     cls = overrides.get("optimizer", own_cls)
