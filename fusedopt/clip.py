@@ -13,37 +13,53 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch.utils.weak import TensorWeakRef
 
 from fusedopt import dtensor
+from fusedopt.compiler import not_compiled
 from fusedopt.errors import UNCHANGED
 from fusedopt.plan import Plan, combine_norms
 from fusedopt.rules import is_elsewhere, number
+from fusedopt.types import Nonfinite
 
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
 
-NONFINITE = ("propagate", "skip", "error")
+NONFINITE: tuple[Nonfinite, ...] = get_args(Nonfinite)
 
 
-def check_max_norm(name: str, max_norm: float | None) -> float | None:
-    """The limit as a float; None stays None.
+def check_max_norm(name: str, max_norm: float) -> float:
+    """The limit as a float.
 
     Raises:
         ValueError: negative, NaN or not a number.
     """
-    if max_norm is None:
-        return None
     value = number(name, max_norm)
     if not value >= 0:
         raise ValueError(f"{name} must be >= 0 (inf: compute the norm, do not clip), got {max_norm}")
     return value
 
 
-def check_nonfinite(value: str) -> str:
+def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
+    """The limit of every step as a float; None stays None.
+
+    Raises:
+        ValueError: zero, which configurations use for "off", negative, NaN or not a number.
+    """
+    if max_grad_norm is None:
+        return None
+    value = check_max_norm("max_grad_norm", max_grad_norm)
+    if value == 0:
+        raise ValueError(
+            f"max_grad_norm must be > 0, got {max_grad_norm}, which would make every gradient 0; pass None to not clip"
+        )
+    return value
+
+
+def check_nonfinite(value: Nonfinite) -> Nonfinite:
     """The same value.
 
     Raises:
@@ -114,9 +130,9 @@ class Pending:
 class Clip:
     """What one optimizer knows about clipping. Apart from the optimizer, so that wrappers that copy its attributes share it."""
 
-    def __init__(self, max_grad_norm: float | None, nonfinite: str):
-        self.max_grad_norm = check_max_norm("max_grad_norm", max_grad_norm)
-        self.nonfinite = check_nonfinite(nonfinite)
+    def __init__(self, max_grad_norm: float | None, nonfinite: Nonfinite):
+        self.max_grad_norm = check_max_grad_norm(max_grad_norm)
+        self.nonfinite: Nonfinite = check_nonfinite(nonfinite)
         self.grad_norm: torch.Tensor | None = None
         self._num_skipped = 0
         self._num_skipped_on_device: torch.Tensor | None = None
@@ -188,7 +204,12 @@ class Clip:
             ValueError: ``grad_scale`` is not a positive number.
             RuntimeError: ``nonfinite="error"`` and the norm is NaN or infinite; or gradients changed after a deferred clip.
         """
-        grad_scale = 1.0 if grad_scale is None else _checked(plan, "grad_scale", grad_scale)
+        plan.has_updated = False
+        if grad_scale is None:
+            grad_scale = 1.0
+        else:
+            plan.check_scaled()
+            grad_scale = _checked(plan, "grad_scale", grad_scale)
         if found_inf is None:
             found_inf = 0.0
         else:
@@ -265,7 +286,7 @@ def _checked(plan: Plan, name: str, value: Any, takes_bool: bool = False) -> flo
     return value
 
 
-@torch.compiler.disable
+@not_compiled
 def clip_grad_norm_(
     optimizers: FusedOptimizer | Iterable[FusedOptimizer], max_norm: float, *, error_if_nonfinite: bool = False
 ) -> torch.Tensor:
@@ -276,7 +297,7 @@ def clip_grad_norm_(
 
     Args:
         optimizers: one fusedopt optimizer, or several without a parameter in common.
-        max_norm: largest norm; ``inf`` only computes it.
+        max_norm: largest norm, >= 0; ``inf`` only computes it.
         error_if_nonfinite: raise instead of going on if the norm is NaN or infinite.
 
     Returns:
@@ -300,8 +321,6 @@ def clip_grad_norm_(
         if not isinstance(optimizer, FusedOptimizer):
             raise TypeError(f"clip_grad_norm_ takes fusedopt optimizers, got {type(optimizer).__name__}")
     limit = check_max_norm("max_norm", max_norm)
-    if limit is None:
-        raise ValueError("max_norm must be a number, got None")
     with contextlib.ExitStack() as stack:
         plans = [stack.enter_context(optimizer._planned("clip_grad_norm_")) for optimizer in optimizers]
         owner_of: dict[int, int] = {}

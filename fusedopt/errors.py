@@ -1,6 +1,8 @@
-"""How a parameter is named in every error, and the ending that says nothing happened."""
+"""How a parameter is named in every error, the ending that says nothing happened, and warnings at the user's own line."""
 
 import itertools
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,3 +30,11 @@ def named_params(group: Mapping[str, Any]) -> Iterator[tuple[int, str | None, An
     names = itertools.chain(group.get("param_names") or (), itertools.repeat(None))
     for index, (param, name) in enumerate(zip(group["params"], names, strict=False)):
         yield index, name, param
+
+
+def warn(message: str) -> None:
+    """A UserWarning that points to the line which called fusedopt, perhaps through torch."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusedopt", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

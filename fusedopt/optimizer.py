@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from copy import deepcopy
-from typing import Any, ClassVar
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 
-from fusedopt import backends, clip, dtensor
-from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
-from fusedopt.plan import PARAM_DTYPES, Plan, compute_dtype, instead_of, new_state
-from fusedopt.rules import Rule, number, read_options
+from fusedopt import backends, checkpoint, clip
+from fusedopt.compiler import not_compiled
+from fusedopt.errors import UNCHANGED, name_param, named_params, warn
+from fusedopt.plan import PARAM_DTYPES, Plan, first_state
+from fusedopt.rules import OPTIMIZER_OPTIONS, Rule, read_options
 from fusedopt.sparse import check_mode
+from fusedopt.stalls import StallWatch
+from fusedopt.types import Backend, Nonfinite, Params, Sparse
+
+Loss = TypeVar("Loss")
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -28,41 +31,89 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: the options of a group under torch.optim's names.
         own_options: options that torch.optim does not have. A group mentions one only if it is not at its default, so
             that a checkpoint made with torch's options has exactly torch's keys.
-        max_grad_norm: clip to this global 2-norm in every step; None: do not.
+        max_grad_norm: clip to this global 2-norm in every step, > 0; None: do not clip.
         nonfinite: what to do when the gradient norm is NaN or infinite: ``"propagate"`` it as torch does, ``"skip"`` the
             step (counted in `skipped_steps`), or raise an ``"error"`` that names the parameter.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: the environment's
             FUSEDOPT_BACKEND, else ``"auto"``.
         sparse: ``"lazy"`` takes sparse gradients that are not exact: rows they do not touch stand still.
+
+    The last four are options of the whole optimizer. They are in `defaults`, so that ``type(opt)(params, **opt.defaults)``
+    makes an optimizer like this one, and never in a group.
+
+    With ``fused=True`` among the defaults, a GradScaler leaves unscaling and the check for infinities to `step`, as it does
+    for torch's fused optimizers.
     """
 
     rule: ClassVar[Rule]
-    # Tells torch.amp.GradScaler that step() takes grad_scale and found_inf from attributes which the scaler sets.
-    _step_supports_amp_scaling = True
+    # Names and defaults of the options that are in `defaults`, but not in a group.
+    _whole_options: ClassVar[Mapping[str, Any]] = OPTIMIZER_OPTIONS
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         defaults: dict[str, Any],
         own_options: Mapping[str, Any],
         max_grad_norm: float | None,
-        nonfinite: str,
-        backend: str | None,
-        sparse: str | None = None,
+        nonfinite: Nonfinite,
+        backend: Backend | None,
+        sparse: Sparse | None = None,
     ):
         if defaults.get("differentiable"):
             raise RuntimeError(f"{type(self).__name__} does not support differentiable=True; use torch.optim for it")
         self._clip = clip.Clip(max_grad_norm, nonfinite)
-        self._backend = backend
-        self.sparse = sparse
+        self._check_sparse(sparse)
         resolved = backends.resolve(backend)
-        self._plan: Plan | None = None
+        self._plans: dict[str, Plan] = {}  # by what they are for; a dict, so that wrappers of this optimizer share it
+        self._stalls = StallWatch()
         self._in_step: dict[int, int] = {}  # process -> the thread that is in a step
         changed = {name: value for name, value in own_options.items() if value != self.rule.own_options[name]}
-        super().__init__(params, {**defaults, **changed})
+        whole = {"max_grad_norm": self._clip.max_grad_norm, "nonfinite": nonfinite, "backend": backend}
+        if self.rule.takes_sparse:  # the other classes have no such argument
+            whole["sparse"] = sparse
+        super().__init__(params, {**defaults, **changed, **whole})
+        self._take_over_options(params)
+        _ALL.add(self)
+        if self.defaults.get("fused"):
+            # Tells torch.amp.GradScaler that step() takes grad_scale and found_inf from attributes which the scaler sets.
+            self._step_supports_amp_scaling = True
         if resolved == "auto":
             for kind in {param.device.type for group in self.param_groups for param in group["params"]}:
                 backends.warn_of_fallback(kind)
+
+    def _group_defaults(self) -> dict[str, Any]:
+        """The options in `defaults` that every group has."""
+        return {name: value for name, value in self.defaults.items() if name not in self._whole_options}
+
+    def _take_over_options(self, params: Params) -> None:
+        """Clips, and so on, as the optimizer whose very groups these are, where nothing else was asked for.
+
+        Some wrappers build an optimizer again from its class and its `param_groups` alone, Horovod's for one.
+        """
+        groups = {id(group) for group in params if isinstance(group, dict)} if isinstance(params, list) else set()
+        for other in [*_ALL] if groups else ():
+            if other is self or groups.isdisjoint(map(id, other.param_groups)):
+                continue
+            taken = {
+                name: other.defaults[name]
+                for name, default in self._whole_options.items()
+                if name in self.defaults and self.defaults[name] == default != other.defaults.get(name, default)
+            }
+            for name, value in taken.items():
+                if getattr(getattr(type(self), name, None), "fset", None):
+                    setattr(self, name, value)
+                else:
+                    self.defaults[name] = value
+            if taken:
+                listed = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+                warn(f"{type(self).__name__}: takes over {listed} from the optimizer whose param_groups these are")
+            return
+
+    def __repr__(self) -> str:
+        options = "".join(
+            f"    {name}: {self.defaults[name]}\n" for name in self._whole_options if name in self.defaults
+        )
+        return f"{super().__repr__().removesuffix(')')}All groups\n{options})"
 
     # ---- groups ------------------------------------------------------------------------------------------------
 
@@ -72,13 +123,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError, TypeError: its options are out of range, or a parameter's dtype is not supported. Nothing is added.
         """
+        given = set(param_group) if isinstance(param_group, dict) else set()
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         group = self.param_groups[index]
+        for name in self._whole_options.keys() - given:
+            group.pop(name, None)  # torch gives a group all defaults
         try:
             where = f"{type(self).__name__}: param_groups[{index}]"
             try:
-                read_options(self.rule, group)
+                self._check_options(group)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{where}: {error}") from None
             for i, name, param in named_params(group):
@@ -88,13 +142,21 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__}: {name_param(index, i, name, param)}: "
                         f"parameters of this dtype are not supported (supported: {supported})"
                     )
+            if "betas" in group and not isinstance(group["betas"], tuple):
+                group["betas"] = tuple(map(_plain_number, group["betas"]))  # so that checkpoints hold no foreign types
         except BaseException:
             self.param_groups.pop()
             raise
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
+    @not_compiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
@@ -114,6 +176,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with self._planned("step") as plan:
             self._clip.step(plan, *self._of_scaler())
+            self._stalls.look(plan)
         return loss
 
     def _of_scaler(self) -> tuple[Any, Any]:
@@ -125,26 +188,26 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         State made for an update that then does not happen is gone again.
         """
-        return self._with_plan(caller, "_plan", self.rule, self.param_groups, self.state, {})
+        return self._with_plan(caller, "step", self.rule, self.param_groups, self.state, {})
 
     @contextlib.contextmanager
     def _with_plan(
         self,
         caller: str,
-        slot: str,
+        purpose: str,
         rule: Rule,
         param_groups: list[dict[str, Any]],
         state: dict[torch.Tensor, dict[str, Any]],
         sources: Mapping[torch.Tensor, torch.Tensor],
     ) -> Iterator[Plan]:
-        """The same of any rule, groups and states; between steps the plan is the attribute ``slot``."""
+        """The same of any rule, groups and states; between steps the plan is ``_plans[purpose]``."""
         owner, process, thread, plan = f"{type(self).__name__}.{caller}", os.getpid(), threading.get_ident(), None
         try:
             # One operation, so that no thread can come between. By process, so that a fork during a step leaves the child
             # free; by thread, so that one that an interrupt threw out of its step can go on.
             if self._in_step.setdefault(process, thread) != thread:
                 raise RuntimeError(f"{owner}: another thread is in a step of the same optimizer; {UNCHANGED}")
-            plan = getattr(self, slot)
+            plan = self._plans.get(purpose)
             if plan is not None:
                 plan.owner = owner
             is_lazy = self.sparse == "lazy"
@@ -152,12 +215,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 before = plan
                 if before is not None:
                     before.release()
-                setattr(self, slot, None)
+                self._plans.pop(purpose, None)
                 plan = Plan(owner, rule, param_groups, state, is_lazy)
-                plan.make(param_groups, self._backend, before, sources)  # apart: an interrupt finds the state it made
+                plan.make(param_groups, self.backend, before, sources)  # apart: an interrupt finds the state it made
                 if not plan.refresh(param_groups, state):
                     raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
-                setattr(self, slot, plan)
+                self._plans[purpose] = plan
             yield plan
         finally:
             try:
@@ -166,7 +229,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         plan.release()
                     finally:
                         if plan.discard_fresh_state():
-                            setattr(self, slot, None)
+                            self._plans.pop(purpose, None)
             finally:
                 if self._in_step.get(process) == thread:
                     del self._in_step[process]
@@ -175,6 +238,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As torch; also drops a `clip_grad_norm_` that no step has used."""
         super().zero_grad(set_to_none)
         self._clip.forget()
+
+    def _make_first_state(self, group: dict[str, Any], param: torch.Tensor) -> None:
+        """The state that a parameter starts from, ahead of its first step; what there is stays."""
+        state = self.state[param]
+        if self.rule.keeps_step:
+            state.setdefault("step", torch.zeros((), device="cpu"))
+        for kept in self.rule.stored(group):
+            if kept is not None and state.get(kept.name) is None:
+                state[kept.name] = first_state(self.rule, group, kept, param)
 
     # ---- clipping ----------------------------------------------------------------------------------------------
 
@@ -194,16 +266,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self._clip.max_grad_norm = clip.check_max_norm("max_grad_norm", value)
+        self._clip.max_grad_norm = self.defaults["max_grad_norm"] = clip.check_max_grad_norm(value)
 
     @property
-    def nonfinite(self) -> str:
+    def nonfinite(self) -> Nonfinite:
         """What a NaN or infinite gradient norm does: ``"propagate"``, ``"skip"`` or ``"error"``. May be changed."""
         return self._clip.nonfinite
 
     @nonfinite.setter
-    def nonfinite(self, value: str) -> None:
-        self._clip.nonfinite = clip.check_nonfinite(value)
+    def nonfinite(self, value: Nonfinite) -> None:
+        self._clip.nonfinite = self.defaults["nonfinite"] = clip.check_nonfinite(value)
 
     @property
     def skipped_steps(self) -> int | torch.Tensor:
@@ -211,40 +283,60 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._clip.skipped_steps
 
     @property
-    def backend(self) -> str | None:
+    def backend(self) -> Backend | None:
         """What was asked for at construction; None: the environment's FUSEDOPT_BACKEND, else ``"auto"``."""
-        return self._backend
+        return self.defaults["backend"]
 
     @property
-    def sparse(self) -> str | None:
+    def sparse(self) -> Sparse | None:
         """``"lazy"``: sparse gradients move only the rows they touch; None: they must do so by themselves. May be changed."""
-        return self._sparse
+        return self.defaults.get("sparse")
 
     @sparse.setter
-    def sparse(self, value: str | None) -> None:
+    def sparse(self, value: Sparse | None) -> None:
+        self._check_sparse(value)
+        if self.rule.takes_sparse:
+            self.defaults["sparse"] = value
+
+    def _check_sparse(self, value: Sparse | None) -> None:
         if check_mode(value) is not None and not self.rule.takes_sparse:
             raise ValueError(f"{type(self).__name__} takes no sparse gradients: sparse must be None, got {value!r}")
-        self._sparse = value
 
     # ---- copies and checkpoints --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_clip": self._clip, "_sparse": self._sparse, "_backend": self._backend}
+        kept = {name: self.__dict__[name] for name in ("_clip", "_step_supports_amp_scaling") if name in self.__dict__}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self.__dict__.setdefault("_plans", {}).pop("step", None)
         self.__dict__.setdefault("_in_step", {})
-        self.__dict__.setdefault("_sparse", None)  # a pickle of before there was one
+        self.__dict__.setdefault("_stalls", StallWatch())
         for group in self.param_groups:
-            for name, value in self.defaults.items():
+            for name, value in self._group_defaults().items():
                 group.setdefault(name, value)
+        _ALL.add(self)
 
-    @torch.compiler.disable
+    def state_dict(self) -> dict[str, Any]:
+        """As torch. Where every step clips, one more entry says so, for `load_state_dict` to compare: ``"fusedopt"``."""
+        result = super().state_dict()
+        if self.max_grad_norm is not None:
+            result["fusedopt"] = {"max_grad_norm": self.max_grad_norm}
+        return result
+
+    @not_compiled
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class or of its twin in torch.optim. The dict is neither changed nor kept.
 
         States become float32 (float64 for float64 parameters) on their parameter's device, whatever they were saved in.
+        Entries that no rule keeps, a wrapper's or your own, are kept as they are, on the parameter's device. Where the groups
+        of both sides have the same ``param_names`` in another order, states go by name, else by position as in torch. A step
+        count that is in the group, as Apex has it, counts for its parameters.
+
+        Warns:
+            UserWarning: the checkpoint clips in every step and this optimizer does not; or one of its groups has an option
+                switched on that this class does not have.
 
         Raises:
             ValueError: the checkpoint is of another model or class; the first differences are listed. Then the
@@ -257,124 +349,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             replaced = hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        differences = [*self._group_differences(state_dict)]
-        if not differences:
-            param_groups = deepcopy(state_dict["param_groups"])
-            pairs = zip(self.param_groups, param_groups, strict=True)
-            ids = [
-                (saved_id, param, f"param_groups[{g}]['params'][{i}]", {**self.defaults, **saved})
-                for g, (group, saved) in enumerate(pairs)
-                for i, (saved_id, param) in enumerate(zip(saved["params"], group["params"], strict=True))
-            ]
-            differences = [*self._state_differences(ids, state_dict["state"])]
-        if differences:
-            listed = "\n  ".join(differences[:5])
-            more = f"\n  and {len(differences) - 5} more" if len(differences) > 5 else ""
-            raise ValueError(
-                f"{type(self).__name__}.load_state_dict: the checkpoint does not fit this optimizer, "
-                f"which is unchanged:\n  {listed}{more}"
-            )
-
-        state = defaultdict(dict)
-        known = {saved_id for saved_id, *_ in ids}
-        for saved_id, param, _, group in ids:
-            if saved_id in state_dict["state"]:
-                saved = state_dict["state"][saved_id]
-                state[param] = {
-                    name: self._loaded(param, group, name, value) for name, value in saved.items() if value is not None
-                }
-        state.update({key: deepcopy(value) for key, value in state_dict["state"].items() if key not in known})
-        for group, saved in zip(self.param_groups, param_groups, strict=True):
-            saved["params"] = group["params"]
-            if "param_names" in group:
-                saved.setdefault("param_names", group["param_names"])
-        self.__setstate__({"state": state, "param_groups": param_groups})
+        saved = checkpoint.read(self, state_dict)
+        self.__setstate__({"state": saved.state, "param_groups": saved.param_groups})
         self._clip.forget()
+        for message in saved.warnings:
+            warn(f"{type(self).__name__}.load_state_dict: {message}")
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _group_differences(self, state_dict: dict[str, Any]) -> Iterator[str]:
-        saved_groups, saved_state = state_dict.get("param_groups"), state_dict.get("state")
-        if not isinstance(saved_groups, list) or not isinstance(saved_state, Mapping):
-            yield "it needs 'param_groups', a list, and 'state', a dict; it is no optimizer's state_dict()"
-            return
-        if len(saved_groups) != len(self.param_groups):
-            yield f"it has {len(saved_groups)} parameter groups, the optimizer {len(self.param_groups)}"
-            return
-        for g, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), list):
-                yield f"param_groups[{g}] has no list 'params'"
-                continue
-            if len(saved["params"]) != len(group["params"]):
-                yield f"param_groups[{g}] has {len(saved['params'])} parameters, the optimizer's {len(group['params'])}"
-            try:
-                read_options(self.rule, {**self.defaults, **saved})
-            except (ValueError, TypeError) as error:
-                yield f"param_groups[{g}]: {error}"
-
-    def _state_differences(self, ids: list[tuple], saved_state: Mapping[Any, Any]) -> Iterator[str]:
-        own_states = {state.name: state for state in self.rule.states}
-        scalars = ["step"] * self.rule.keeps_step + [self.rule.extra] * bool(self.rule.extra)
-        needed = [*scalars, *(name for name, state in own_states.items() if state.option is None)]
-        param_of: dict[Any, torch.Tensor] = {}
-        for saved_id, param, where, group in ids:
-            if param_of.setdefault(saved_id, param) is not param:
-                yield f"{where}: it has the same id, {saved_id!r}, as another parameter"
-            saved = saved_state.get(saved_id)
-            if saved is None or (isinstance(saved, Mapping) and all(value is None for value in saved.values())):
-                continue
-            if not isinstance(saved, Mapping):
-                yield f"{where}: its state is a {type(saved).__name__}, not a dict"
-                continue
-            for name in needed:
-                if saved.get(name) is None:
-                    yield f"{where}: state {name!r} is missing (it has {', '.join(map(str, saved))})"
-            for name, value in saved.items():
-                is_own = name in own_states or name in ("step", self.rule.extra)
-                if not is_own:
-                    yield f"{where}: {type(self).__name__} has no state {name!r}"
-                elif value is not None:
-                    kept = own_states.get(name)
-                    shape = self.rule.state_shape(group, kept, param.shape) if kept else ()
-                    reason = _misfit(value, param, shape) if kept else _no_count(value)
-                    if reason:
-                        yield f"{where}: state {name!r} {reason}"
-
-    def _loaded(self, param: torch.Tensor, group: Mapping[str, Any], name: str, value: Any) -> Any:
-        """A copy of one saved value in the form that steps keep it in."""
-        for state in self.rule.states:
-            if state.name == name:
-                own = new_state(param, self.rule.state_shape(group, state, param.shape))
-                return own.copy_(value)
-        if name == "step" or name == self.rule.extra:
-            dtype = torch.float32 if name == "step" else compute_dtype(param)
-            return torch.tensor(float(value), dtype=dtype, device="cpu")
-        return value.detach().clone() if isinstance(value, torch.Tensor) else deepcopy(value)
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError if an option of a group is none that this class could have."""
+        read_options(self.rule, group)
 
 
-def _misfit(value: Any, param: torch.Tensor, shape: tuple[int, ...]) -> str | None:
-    """Why a saved value cannot become a state of that parameter."""
-    if not isinstance(value, torch.Tensor):
-        return f"is a {type(value).__name__}, not a tensor"
-    if value.shape != shape:
-        return f"has shape {tuple(value.shape)}{instead_of(shape, param)}, the parameter {tuple(param.shape)}"
-    problem = dtensor.misplaced(value, param)
-    if problem:
-        return f"is {problem}"
-    if value.layout != torch.strided or value.is_meta:
-        return "is on the meta device, it has no values" if value.is_meta else f"has layout {value.layout}"
-    is_number = value.is_floating_point() or value.is_complex()
-    if not is_number or value.is_complex() != param.is_complex():
-        return f"is {short_dtype(value)}, the parameter {short_dtype(param)}"
-    return None
+# Alive: who is built from the groups of one of these goes on clipping as it did.
+_ALL: weakref.WeakSet[FusedOptimizer] = weakref.WeakSet()
 
 
-def _no_count(value: Any) -> str | None:
-    """Why a saved value cannot become a step count, or another scalar that counts up."""
-    if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_meta):
-        return f"has shape {tuple(value.shape)} on {value.device}, not one value"
-    try:
-        count = number("it", value)
-    except ValueError:
-        return f"is {value!r}, not a number"
-    return None if 0 <= count < math.inf else f"is {count}"
+def _plain_number(value: Any) -> Any:
+    """An element of `betas` as Python's float, unless it is a number of Python's own or a tensor."""
+    return value if isinstance(value, (int, torch.Tensor)) or type(value) is float else float(value)

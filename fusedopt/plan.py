@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import is_
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.extension import _C
 from fusedopt.interrupts import uninterrupted
 from fusedopt.reference import clip_coefficient
-from fusedopt.rules import Options, Rule, is_elsewhere, number, read_options, with_lr
+from fusedopt.rules import Options, Rule, State, is_elsewhere, number, read_options, with_lr
 
 _NOTHING = contextlib.nullcontext()
 MAX_DIMS = 64  # of torch's reductions and of the C++ table
@@ -47,6 +47,15 @@ def new_state(param: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=state_dtype(param), device=param.device)
 
 
+def first_state(rule: Rule, group: Mapping[str, Any], kept: State, param: torch.Tensor) -> torch.Tensor:
+    """A state as it is before the first step."""
+    value = new_state(param, rule.state_shape(group, kept, param.shape)).zero_()
+    if kept.initial is not None:
+        initial = float(group[kept.initial])
+        value.fill_(complex(initial, initial) if value.is_complex() else initial)
+    return value
+
+
 def instead_of(shape: tuple[int, ...], param: torch.Tensor) -> str:
     """The end of a complaint about a state's shape: the right one, where it is not the parameter's."""
     return "" if shape == param.shape else f", not {shape}"
@@ -58,6 +67,14 @@ def grad_dtypes(param: torch.Tensor) -> tuple[torch.dtype, ...]:
         return (param.dtype,)
     real = (torch.float32, torch.bfloat16, torch.float16)
     return (*real, torch.float64) if param.dtype == torch.float64 else real
+
+
+class Mirror(NamedTuple):
+    """A count that the state holds in another form than a backend counts in: read before each update, written after it."""
+
+    name: str
+    counted: torch.Tensor  # `Entry.step` or `Entry.extra`
+    kept: torch.Tensor  # in the state: one element, of any shape and dtype
 
 
 @dataclass(slots=True)
@@ -73,6 +90,7 @@ class Entry:
     states: list[torch.Tensor | None]  # one per state of the rule, None where not stored
     step: torch.Tensor | None  # 0-d float32
     extra: torch.Tensor | None  # 0-d
+    mirrors: list[Mirror] = field(default_factory=list)
     source: torch.Tensor | None = None  # the parameter's values, where an update may read them instead
     is_strided: bool = False  # param, grad and states share no dense layout; or, with is_sparse, are not contiguous
     is_sparse: bool = False  # the gradient is
@@ -151,6 +169,7 @@ class Plan:
         self.buckets = []
         self.asynchronous: Any = None  # the first bucket, if all compute coefficients by themselves, on one device
         self._distributed: list[Entry] = []
+        self._mirrors: list[Mirror] = []
         self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # DTensors, each with what this process has of it
 
     def make(
@@ -191,6 +210,7 @@ class Plan:
             if entry.owner in sources:
                 entry.source = self._part_of(sources[entry.owner])
             self._attach_state(entry, param_groups[entry.group], self._state, backend_of)
+            self._mirrors += entry.mirrors
         planned = [entry for entry in entries if not entry.is_idle]
         self._check_overlap(planned)
         is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
@@ -348,6 +368,25 @@ class Plan:
         """The norms of all processes that a bucket is spread over."""
         return dtensor.gathered(norm, bucket.norm_group) if bucket.norm_group else norm
 
+    def check_scaled(self) -> None:
+        """Refuses gradients that a GradScaler has left scaled, where each process has a shard that only the scaler knows of.
+
+        Raises:
+            RuntimeError: a parameter is FSDP1's, and there are other processes.
+        """
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+            return
+        for bucket in self.buckets:
+            for entry in bucket.entries:
+                if getattr(entry.owner, "_fsdp_flattened", False):
+                    self._fail(
+                        RuntimeError,
+                        entry,
+                        "is a shard of FSDP1, and with fused=True each process would look for infinities in its own shard "
+                        "alone: leave out fused=True, or call the scaler's unscale_(optimizer) before its step",
+                    )
+
     def on_any_process(self, found_inf: float | torch.Tensor) -> float | torch.Tensor:
         """Whether any of the processes that parameters are spread over has found it; each of them asks."""
         for group in dict.fromkeys(bucket.norm_group for bucket in self.buckets if bucket.norm_group):
@@ -380,12 +419,16 @@ class Plan:
         """
         grad_coefs = [sign * coef for sign in self.signs]
         writes = []
+        for mirror in self._mirrors:
+            mirror.counted.copy_(mirror.kept.detach().reshape(()))
         for bucket in self.buckets:
             writes.append(bucket.prepare(self.scalars, grad_coefs, self.reads_sources, **on_device))
             on_device.pop("skipped", None)  # one counts
-        with uninterrupted() if len(self.buckets) > 1 or self._distributed else _NOTHING:
+        with uninterrupted() if len(self.buckets) > 1 or self._distributed or self._mirrors else _NOTHING:
             for write in writes:
                 write()
+            for mirror in self._mirrors:
+                mirror.kept.detach().copy_(mirror.counted)
             if self._distributed:  # autograd counts how often a DTensor was written to apart from its part
                 written = [entry.owner for entry in self._distributed if entry.param.grad is not None]
                 torch.autograd.graph.increment_version(written)
@@ -558,6 +601,7 @@ class Plan:
             names = ["parameter", *(f"state {state.name!r}" for state in self.rule.states), "state 'step'"]
             tensors = zip((entry.param, *entry.written), (*names, f"state {self.rule.extra!r}"), strict=True)
             written += [_Span(entry, tensor, what) for tensor, what in tensors if tensor is not None and tensor.numel()]
+            written += [_Span(entry, mirror.kept, f"state {mirror.name!r}") for mirror in entry.mirrors]
         written.sort(key=lambda span: (span.device, span.begin))
         clusters: list[list[_Span]] = []  # of neighbours, each of which begins before the ones so far end
         end = 0
@@ -635,6 +679,7 @@ class Plan:
         device = param.device if is_on_device else torch.device("cpu")
         is_new = not any(kept and known.get(kept.name) is not None for kept in stored)
         made: dict[str, torch.Tensor] = {}
+        counts: dict[str, torch.Tensor] = {}
         scalars = {"step": 0.0} if rule.keeps_step else {}
         if rule.extra:
             scalars[rule.extra] = 1.0
@@ -651,23 +696,26 @@ class Plan:
                     self._fail(ValueError, entry, str(error))
                 if not 0 <= count < math.inf:
                     self._fail(ValueError, entry, f"state {name!r} is {count}")
-            if not _is_scalar_of(value, dtype, device):
-                made[name] = _scalar(initial if value is None else value, dtype, device)
+            if _is_scalar_of(value, dtype, device):
+                counts[name] = value
+                continue
+            counts[name] = _scalar(initial if value is None else value, dtype, device)
+            if isinstance(value, torch.Tensor) and value.device == device:
+                entry.mirrors.append(Mirror(name, counts[name], value))
+            elif isinstance(value, torch.Tensor) and value.is_cpu and value.is_shared():
+                self._fail(ValueError, entry, f"state {name!r} is in shared memory, but the backend counts on {device}")
+            else:
+                made[name] = counts[name]
         for i, kept in enumerate(stored):
             if kept is None:
                 continue
             value = known.get(kept.name)
             if value is None:
-                value = new_state(entry.owner, rule.state_shape(group, kept, entry.owner.shape))
-                value.zero_()
-                if kept.initial is not None:
-                    initial = float(group[kept.initial])
-                    value.fill_(complex(initial, initial) if value.is_complex() else initial)
-                made[kept.name] = value
+                value = made[kept.name] = first_state(rule, group, kept, entry.owner)
             self._check_state(entry, kept.name, value, rule.state_shape(group, kept, entry.owner.shape))
             entry.states[i] = self._part_of(value)
         if rule.keeps_step:
-            entry.step = made["step"] if "step" in made else known["step"]
+            entry.step = counts["step"]
         elif not is_new and self._counts.get(entry.owner) is not None:  # the device may have skipped the first step
             entry.step = self._counts[entry.owner]
         else:  # it still has to know its first step
@@ -682,7 +730,7 @@ class Plan:
             )
             known = state.setdefault(entry.owner, {})
             known.update(made)
-        entry.extra = known[rule.extra] if rule.extra else None
+        entry.extra = counts[rule.extra] if rule.extra else None
         tensors = [param, *(s for s in (*entry.states, entry.source) if s is not None)]
         if entry.is_sparse:
             entry.is_strided = not all(t.is_contiguous() for t in tensors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,6 +35,13 @@ def number(name: str, value: Any, takes_bool: bool = False) -> float:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether it holds values in an order: a tuple or list, one of a configuration library, a NumPy array, a 1-d tensor."""
+    if isinstance(value, (str, bytes, Mapping)):
+        return False
+    return isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
 
 
 def integer(name: str, value: Any, low: int) -> int:
@@ -83,6 +90,18 @@ class Rule:
     def betas(self) -> tuple[str, ...]:
         """Those of its scalars that a group holds in `betas`."""
         return tuple(name for name in self.hyper if name in BETAS)
+
+    @functools.cached_property
+    def state_names(self) -> frozenset[str]:
+        """Everything it keeps in a parameter's state, whatever the options."""
+        scalars = ["step"] * self.keeps_step + [self.extra] * (self.extra is not None)
+        return frozenset((*scalars, *(state.name for state in self.states)))
+
+    @staticmethod
+    @functools.cache
+    def all_state_names() -> frozenset[str]:
+        """What any rule of the table keeps: it tells states of parameters from what wrappers and users add."""
+        return frozenset().union(*(rule.state_names for rule in RULES.values()))
 
     def option(self, group: Mapping[str, Any], name: str) -> Any:
         """A group's option; one of ours that the group does not mention has its default."""
@@ -133,7 +152,7 @@ class Rule:
             label, value = name, None
             if name in BETAS:
                 index, betas = BETAS.index(name), group["betas"]
-                if not isinstance(betas, (tuple, list)) or len(betas) != len(self.betas):
+                if not is_sequence(betas) or len(betas) != len(self.betas):
                     raise ValueError(f"betas must be {len(self.betas)} numbers, got {betas!r}")
                 label, value = f"betas[{index}]", betas[index]
             else:
@@ -146,6 +165,8 @@ class Rule:
 
 
 BETAS = ("beta1", "beta2", "beta3")  # what a group's `betas` holds
+# Options of the whole optimizer, and their defaults. As a key of a group they would have no effect, and are refused there.
+OPTIMIZER_OPTIONS = {"max_grad_norm": None, "nonfinite": "propagate", "backend": None, "sparse": None}
 # Every hyperparameter that must lie in a range: (smallest, largest, whether the largest is allowed).
 RANGES = {
     "lr": (0, math.inf, False),
@@ -353,6 +374,12 @@ class Options(NamedTuple):
 
 def read_options(rule: Rule, group: Mapping[str, Any]) -> Options:
     """A group's options, or ValueError saying which of them is out of which range."""
+    for name in OPTIMIZER_OPTIONS:
+        if name in group:
+            raise ValueError(
+                f"{name!r} is an option of the whole optimizer, and as a key of a group it has no effect; remove the key, "
+                f"and pass {name}={group[name]!r} to the constructor"
+            )
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not supported; use torch.optim for it")
     maximize = flag("maximize", group["maximize"])

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from operator import is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 
 from fusedopt import dtensor
+from fusedopt.compiler import not_compiled
 from fusedopt.errors import UNCHANGED
 from fusedopt.interrupts import uninterrupted
-from fusedopt.optimizer import FusedOptimizer
+from fusedopt.optimizer import FusedOptimizer, Loss
 from fusedopt.optimizers import AdamW
-from fusedopt.plan import Plan, state_dtype
+from fusedopt.plan import state_dtype
 from fusedopt.rules import RULES, flag, read_options
+from fusedopt.types import Params
+
+
+@dataclass
+class Ascent:
+    """What SAM knows between steps. Apart from the optimizer, so that wrappers that derive a class from its class share it."""
+
+    rho: float
+    adaptive: bool
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    state: dict[torch.Tensor, dict[str, torch.Tensor]] = field(default_factory=dict)
+    sources: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
+    # Between the two steps the parameters that are away from where they belong, which is in `sources`; else None.
+    ascended: list[torch.Tensor] | None = None
+    is_skipping: bool = False
 
 
 class SAM(FusedOptimizer):
@@ -51,6 +69,8 @@ class SAM(FusedOptimizer):
     With a GradScaler: ``scaler.scale(loss).backward(); opt.first_step(); opt.zero_grad();
     scaler.scale(loss_function(...)).backward(); scaler.step(opt); scaler.update()``. The ascent has the same length whatever
     the scale. ``scaler.unscale_(opt)``, if at all, comes after the second ``backward``: the scaler unscales once a step.
+    Between the two steps the scaler is always told to call `second_step`, with ``fused=True`` or not: if the gradients
+    overflowed, this puts the weights back.
 
     Args:
         params: as for ``base``.
@@ -61,8 +81,9 @@ class SAM(FusedOptimizer):
 
     Both gradients of a step are of the same batch. With ``nonfinite="skip"`` or ``"error"`` a first gradient that is not finite
     skips the whole step, or raises, with a GradScaler too, and `first_step` waits for the device. Sparse gradients are refused.
-    One more tensor a parameter, float32 or float64, is kept for the weights; values that are put into parameters between the
-    two steps are lost. Classes are derived from ``base``, not from SAM.
+    One more tensor per parameter, float32 or float64, is kept for the weights; values that are put into parameters between
+    the two steps are lost. Derive classes of your own from ``base`` and pass them to SAM. Wrappers that derive from the class
+    of an instance, as Lightning's, work.
 
     Raises:
         TypeError: ``base`` is no class of fusedopt. ValueError: ``rho`` or ``adaptive``, or an option of ``base``.
@@ -86,17 +107,19 @@ class SAM(FusedOptimizer):
     _base: ClassVar[type[FusedOptimizer]]
 
     def __init_subclass__(cls, base: type[FusedOptimizer] | None = None, **kwargs: Any) -> None:
-        if base is None:
-            raise TypeError("SAM has no subclasses; derive a class from its base and give it that")
-        cls._base = base
+        if base is not None:
+            cls._base = base
+            cls._whole_options = {**base._whole_options, "rho": 0.05, "adaptive": False}
+        elif not hasattr(cls, "_base"):
+            raise TypeError("SAM itself has no subclasses; derive a class from the base and pass that to SAM")
         super().__init_subclass__(**kwargs)
 
-    def __new__(cls, params: Iterable = (), base: type[FusedOptimizer] = AdamW, *args: Any, **kwargs: Any) -> SAM:
+    def __new__(cls, params: Params = (), base: type[FusedOptimizer] = AdamW, *args: Any, **kwargs: Any) -> SAM:
         return super().__new__(_around(base) if cls is SAM else cls)
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         base: type[FusedOptimizer] = AdamW,
         rho: float = 0.05,
         adaptive: bool = False,
@@ -104,55 +127,54 @@ class SAM(FusedOptimizer):
     ):
         if base_options.get("sparse") is not None:
             raise ValueError("SAM takes no sparse gradients: sparse must be None")
-        self.rho, self.adaptive = rho, adaptive
-        self._forget_ascent()
+        _check_ascent({"rho": rho, "adaptive": adaptive})
+        self._ascent = Ascent(rho, bool(adaptive))
         super().__init__(params, **base_options)
+        self.defaults.update(rho=rho, adaptive=self._ascent.adaptive)
+        self._take_over_options(params)
 
-    def _forget_ascent(self) -> None:
-        self._ascent: Plan | None = None
-        self._ascent_groups: list[dict[str, Any]] = []
-        self._ascent_state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
-        self._sources: dict[torch.Tensor, torch.Tensor] = {}
-        # Between the two steps the parameters that are away from where they belong, which is in `_sources`; else None.
-        self._ascended: list[torch.Tensor] | None = None
-        self._is_skipping = False
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Between the two steps always: a GradScaler that does not call the second one would leave the weights away."""
+        return self._ascent.ascended is not None or self.__dict__.get("_step_supports_amp_scaling", False)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.__dict__["_step_supports_amp_scaling"] = value
 
     # ---- options -----------------------------------------------------------------------------------------------
 
     @property
     def rho(self) -> float:
         """ρ of the groups that have none of their own. May be changed between steps."""
-        return self._rho
+        return self._ascent.rho
 
     @rho.setter
     def rho(self, value: float) -> None:
         _check_ascent({"rho": value, "adaptive": False})
-        self._rho = value
+        self._ascent.rho = self.defaults["rho"] = value
 
     @property
     def adaptive(self) -> bool:
         """Whether the groups that do not say so themselves take ASAM's ascent. May be changed between steps."""
-        return self._adaptive
+        return self._ascent.adaptive
 
     @adaptive.setter
     def adaptive(self, value: bool) -> None:
-        self._adaptive = flag("adaptive", value)
+        self._ascent.adaptive = self.defaults["adaptive"] = flag("adaptive", value)
 
     def _own_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        return {"rho": group.get("rho", self._rho), "adaptive": group.get("adaptive", self._adaptive)}
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of ``base``; the group may have its own ``"rho"`` and ``"adaptive"``."""
-        super().add_param_group(param_group)
-        try:
-            _check_ascent(self._own_options(self.param_groups[-1]))
-        except ValueError as error:
-            self.param_groups.pop()
-            raise ValueError(f"{type(self).__name__}: param_groups[{len(self.param_groups)}]: {error}") from None
+        return {"rho": group.get("rho", self.rho), "adaptive": group.get("adaptive", self.adaptive)}
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
+    @not_compiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Both steps.
 
@@ -169,21 +191,21 @@ class SAM(FusedOptimizer):
                 parameters are where they were before.
         """
         if closure is None:
-            if self._ascended is None and any(float(group["lr"]) != 0 for group in self.param_groups):
+            if self._ascent.ascended is None and any(float(group["lr"]) != 0 for group in self.param_groups):
                 raise RuntimeError(
                     f"{type(self).__name__}.step needs a closure, to compute a second gradient, or first_step() before; "
                     f"{UNCHANGED}"
                 )
             self._step_back()
             return None
-        if self._ascended is not None:
+        if self._ascent.ascended is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.step: first_step() was called before; second_step() or restore() ends it; {UNCHANGED}"
             )
         loss = self._called(closure)
         try:
             self.first_step()
-            if not self._is_skipping:
+            if not self._ascent.is_skipping:
                 self._called(closure)
             self._step_back()
         except BaseException:
@@ -196,7 +218,7 @@ class SAM(FusedOptimizer):
         with torch.enable_grad():
             return closure()
 
-    @torch.compiler.disable
+    @not_compiled
     def first_step(self, zero_grad: bool = False) -> None:
         """The ascent, along the gradients there are.
 
@@ -206,7 +228,7 @@ class SAM(FusedOptimizer):
         Raises:
             RuntimeError: it was called already; or as ``step`` of ``base``. Then nothing has changed.
         """
-        if self._ascended is not None:
+        if self._ascent.ascended is not None:
             raise RuntimeError(
                 f"{type(self).__name__}.first_step: was called before; second_step() or restore() ends it; {UNCHANGED}"
             )
@@ -223,21 +245,22 @@ class SAM(FusedOptimizer):
         """Forgets old weights of parameters that have another form now. False: there were none."""
         misfits = [
             param
-            for param, kept in self._ascent_state.items()
+            for param, kept in self._ascent.state.items()
             for old in kept.values()
             if (old.shape, old.dtype, old.device) != (param.shape, state_dtype(param), param.device)
         ]
         for param in misfits:
-            del self._ascent_state[param]
-            self._sources.pop(param, None)
+            del self._ascent.state[param]
+            self._ascent.sources.pop(param, None)
         return bool(misfits)
 
     def _ascend(self) -> None:
         with self._ascent_plan() as plan:
             active = [entry.owner for entry in plan.active()]
-            sources = {param: self._ascent_state[param]["old_param"] for param in active}
-            if any(self._sources.get(param) is not source for param, source in sources.items()):
-                self._sources = {**self._sources, **sources}  # another object: the plan of the step is out of date
+            sources = {param: self._ascent.state[param]["old_param"] for param in active}
+            if any(self._ascent.sources.get(param) is not source for param, source in sources.items()):
+                # Another object: the plan of the step is out of date.
+                self._ascent.sources = {**self._ascent.sources, **sources}
             coef: float | None = 1.0
             on_device = {}
             if plan.asynchronous is not None and self.nonfinite == "propagate":
@@ -255,10 +278,10 @@ class SAM(FusedOptimizer):
             with uninterrupted():  # what has ascended must be known to have
                 if coef is not None:
                     plan.update(coef, **on_device)
-                self._ascended = active if coef is not None else []
-                self._is_skipping = coef is None
+                self._ascent.ascended = active if coef is not None else []
+                self._ascent.is_skipping = coef is None
 
-    @torch.compiler.disable
+    @not_compiled
     def second_step(self, zero_grad: bool = False) -> None:
         """The step of ``base``, from where `first_step` began, along the gradients there are now.
 
@@ -269,7 +292,7 @@ class SAM(FusedOptimizer):
             RuntimeError: there was no `first_step`; or as ``step`` of ``base``. Then nothing has changed: try again, or
                 give it up by `restore`.
         """
-        if self._ascended is None:
+        if self._ascent.ascended is None:
             raise RuntimeError(f"{type(self).__name__}.second_step: first_step() comes before; {UNCHANGED}")
         self.step()
         if zero_grad:
@@ -283,15 +306,15 @@ class SAM(FusedOptimizer):
             RuntimeError: a parameter has another shape or device by now. It is left as it is; the others are back.
         """
         fitting, misfits = [], []
-        for param in self._ascended or ():
-            old = self._sources[param]
+        for param in self._ascent.ascended or ():
+            old = self._ascent.sources[param]
             fits = (param.shape, param.device) == (old.shape, old.device)
             (fitting if fits else misfits).append((param, old))
         if fitting:
             parts = [[*map(dtensor.part_of, tensors)] for tensors in zip(*fitting, strict=True)]
             torch._foreach_copy_(*parts)
             torch.autograd.graph.increment_version([param for param, _ in fitting if dtensor.is_dtensor(param)])
-        self._ascended, self._is_skipping = None, False
+        self._ascent.ascended, self._ascent.is_skipping = None, False
         for param, old in misfits:
             raise RuntimeError(
                 f"{type(self).__name__}.restore: a parameter of shape {tuple(param.shape)} on {param.device} had shape "
@@ -300,64 +323,59 @@ class SAM(FusedOptimizer):
 
     def _step_back(self) -> None:
         """The step of ``base`` from the sources."""
-        if self._is_skipping:
+        ascent = self._ascent
+        if ascent.is_skipping:
             self._clip.count_skip()
             return self.restore()
         grad_scale, found_inf = self._of_scaler()
         with self._planned("step") as plan:
             # What the device may decide to skip, it must not have to restore.
             is_certain = plan.asynchronous is None or (self.nonfinite != "skip" and found_inf is None)
-            active = [entry.owner for entry in plan.active()]
-            is_same = len(active) == len(self._ascended or ()) and all(map(is_, active, self._ascended or ()))
-            reads_sources = bool(self._ascended) and is_certain and is_same
-            if not reads_sources:
+            active, ascended = [entry.owner for entry in plan.active()], ascent.ascended or []
+            is_same = len(active) == len(ascended) and all(map(is_, active, ascended))
+            plan.reads_sources = bool(ascended) and is_certain and is_same
+            if not plan.reads_sources:
                 self.restore()
-            plan.reads_sources, plan.has_updated = reads_sources, False
             try:
                 with uninterrupted():  # what is where it belongs must not be brought back again
                     self._clip.step(plan, grad_scale, found_inf)
                     if plan.has_updated:
-                        self._ascended = None
+                        ascent.ascended = None
             finally:
                 plan.reads_sources = False
+            if plan.has_updated:
+                self._stalls.look(plan)
         self.restore()
 
     def _planned(self, caller: str) -> Any:
-        if self._plan is not None and self._ascended and self._plan.sources is not self._sources:
-            self._plan = None
-        return self._with_plan(caller, "_plan", self.rule, self.param_groups, self.state, self._sources)
+        plan, sources = self._plans.get("step"), self._ascent.sources
+        if plan is not None and self._ascent.ascended and plan.sources is not sources:
+            del self._plans["step"]
+        return self._with_plan(caller, "step", self.rule, self.param_groups, self.state, sources)
 
     def _ascent_plan(self) -> Any:
-        if len(self._ascent_groups) != len(self.param_groups):
-            self._ascent_groups = [{} for _ in self.param_groups]
-        for own, group in zip(self._ascent_groups, self.param_groups, strict=True):
+        if len(self._ascent.groups) != len(self.param_groups):
+            self._ascent.groups = [{} for _ in self.param_groups]
+        for own, group in zip(self._ascent.groups, self.param_groups, strict=True):
             kept = ("params", "param_names", "maximize", "capturable")
             own.update({name: group[name] for name in kept if name in group}, **self._own_options(group))
-        return self._with_plan("first_step", "_ascent", RULES["sam"], self._ascent_groups, self._ascent_state, {})
+        return self._with_plan("first_step", "ascent", RULES["sam"], self._ascent.groups, self._ascent.state, {})
 
     # ---- copies and checkpoints --------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple:
+        if type(self) is not _around(self._base):  # a wrapper's class
+            return copyreg.__newobj__, (type(self),), self.__getstate__()
         return _made_around, (self._base,), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._ascended is not None:
+        if self._ascent.ascended is not None:
             raise RuntimeError(f"{type(self).__name__}: it cannot be copied between first_step and second_step")
-        return {**super().__getstate__(), "_rho": self._rho, "_adaptive": self._adaptive}
+        return {**super().__getstate__(), "_ascent": Ascent(self.rho, self.adaptive)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_ascent" not in self.__dict__:
-            self._forget_ascent()
-
-    def _group_differences(self, state_dict: dict[str, Any]) -> Iterator[str]:
-        yield from super()._group_differences(state_dict)
-        for index, group in enumerate(state_dict.get("param_groups") or ()):
-            if isinstance(group, Mapping):
-                try:
-                    _check_ascent(self._own_options(group))
-                except ValueError as error:
-                    yield f"param_groups[{index}]: {error}"
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        super()._check_options(group)
+        _check_ascent(self._own_options(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of ``base``. A group's own ρ stays where the checkpoint has none."""

@@ -20,14 +20,15 @@ from fusedopt.backends.reference import as_real
 from fusedopt.extension import _C
 from fusedopt.interrupts import uninterrupted
 from fusedopt.rules import Rule
+from fusedopt.types import Sparse
 
 if TYPE_CHECKING:
     from fusedopt.plan import Entry
 
-MODES = (None, "lazy")
+MODES: tuple[Sparse | None, ...] = (None, "lazy")
 
 
-def check_mode(value: str | None) -> str | None:
+def check_mode(value: Sparse | None) -> Sparse | None:
     """The same value.
 
     Raises:

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -387,6 +388,139 @@ def test_load_hooks_run_around_the_load(spec):
     assert bool(resumed.state) == has_state
 
 
+# ---- of wrappers, users and other libraries --------------------------------------------------------------------------
+
+
+@every_class
+def test_entries_that_no_rule_keeps_step_save_and_load(spec):
+    """As wrappers leave them (ScheduleFreeWrapper's "z", Lookahead's slow weights), or a user with an average of his own."""
+    params, plain_params = make_params(SHAPES, torch.bfloat16), make_params(SHAPES, torch.bfloat16)
+    optimizer, plain = spec.make(params), spec.make(plain_params)
+    train(optimizer, params, 2)
+    for param in params:
+        added = {"z": param.detach().float() + 1, "slow": None, "count": torch.tensor(3), "notes": {"kept": [1.5]}}
+        optimizer.state[param].update(added)
+    train(optimizer, params, 1, 2)
+    checkpoint = saved(optimizer)
+    resumed = spec.make(clone_params(params))
+    resumed.load_state_dict(checkpoint)
+    for param, other in zip(params, resumed.param_groups[0]["params"], strict=True):
+        ours, theirs = resumed.state[other], optimizer.state[param]
+        assert ours.keys() == theirs.keys() and {"z", "slow", "count", "notes"} <= ours.keys()
+        assert_same_bits([ours["z"], ours["count"]], [theirs["z"], theirs["count"]])
+        assert ours["z"] is not theirs["z"] and ours["notes"] == {"kept": [1.5]} and ours["slow"] is None
+    train(resumed, resumed.param_groups[0]["params"], 2, 3)
+    train(plain, plain_params, 5)
+    assert_same_bits(resumed.param_groups[0]["params"], plain_params)
+
+
+@every_class
+@pytest.mark.parametrize("grouping", [(0, 0, 0, 0, 0), (0, 1, 0, 1, 1)], ids=["one group", "two groups"])
+def test_states_go_by_name_where_the_order_is_another(spec, grouping):
+    """Also from one group to another; the names of the optimizer stay those of its parameters."""
+
+    def groups(named):
+        members = zip(named, grouping, strict=True)
+        return [{"params": [item for item, _ in items]} for _, items in itertools.groupby(
+            sorted(members, key=lambda member: member[1]), key=lambda member: member[1])]  # fmt: skip
+
+    shapes = ((7,), (7,), (3, 7), (7,), (7, 3))
+    params, plain_params = make_params(shapes), make_params(shapes)
+    names = [f"p{i}" for i in range(len(params))]
+    optimizer, plain = spec.make(groups(list(zip(names, params, strict=True)))), spec.make(plain_params)
+    train(optimizer, params, 2)
+    others = dict(zip(names, clone_params(params), strict=True))
+    resumed = spec.make(groups([*others.items()][::-1]))
+    resumed.load_state_dict(saved(optimizer))
+    train(resumed, [*others.values()], 2, 2)
+    train(plain, plain_params, 4)
+    assert_same_bits(others.values(), plain_params)
+    for group in resumed.param_groups:
+        assert all(others[name] is param for name, param in zip(group["param_names"], group["params"], strict=True))
+
+
+def test_parameters_that_have_other_names_throughout_go_by_position():
+    """As those of a model wrapped by DDP or torch.compile, and one of which was renamed."""
+    for rename in (lambda name: f"module.{name}", lambda name: "head" if name == "p1" else name):
+        params = make_params(((3,), (3,)))
+        optimizer = fusedopt.AdamW([(f"p{i}", param) for i, param in enumerate(params)])
+        train(optimizer, params, 1)
+        others = clone_params(params)
+        resumed = fusedopt.AdamW([(rename(f"p{i}"), param) for i, param in enumerate(others)])
+        resumed.load_state_dict(saved(optimizer))
+        for param, other in zip(params, others, strict=True):
+            assert_same_bits([optimizer.state[param]["exp_avg"]], [resumed.state[other]["exp_avg"]])
+        assert resumed.param_groups[0]["param_names"] == [rename("p0"), rename("p1")]
+
+
+def test_names_that_contradict_the_order_are_refused():
+    params = make_params(((3,), (3,), (3,)))
+    optimizer = fusedopt.AdamW(list(zip(("a", "b", "c"), params, strict=True)))
+    train(optimizer, params, 1)
+    others = fusedopt.AdamW(list(zip(("b", "a", "d"), clone_params(params), strict=True)))
+    with nothing_changes(others), pytest.raises(ValueError, match="parameter 'b' at another position, and lacks 'd'"):
+        others.load_state_dict(saved(optimizer))
+
+
+@every_twin
+def test_step_count_of_the_group_counts_for_its_parameters(spec):
+    """As Apex, optimi and timm save it; a parameter without state stays without."""
+    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    optimizer, plain = spec.make(params), spec.make(plain_params)
+    train(optimizer, params, 3)
+    checkpoint = saved(optimizer)
+    for state in checkpoint["state"].values():
+        state.pop("step", None)
+    checkpoint["state"].pop(0, None)
+    checkpoint["param_groups"][0]["step"] = 3
+    resumed = spec.make(params)
+    resumed.load_state_dict(checkpoint)
+    if spec.rule.keeps_step:
+        assert "step" not in resumed.param_groups[0]
+        assert [float(resumed.state[param]["step"]) for param in params[1:]] == [3] * (len(params) - 1)
+        assert params[0] not in resumed.state
+    train(resumed, params, 2, 3)
+    train(plain, plain_params, 5)
+    assert_same_bits(params[1:], plain_params[1:])
+
+
+@every_class
+def test_switch_that_only_the_checkpoint_has_is_warned_of(spec):
+    """Training would go on by another rule than it began with. Words, numbers and tags of the user's own say nothing."""
+    params = make_params(SHAPES)
+    optimizer = spec.make([{"params": params, "is_decayed": True}])
+    train(optimizer, params, 1)
+    checkpoint = saved(optimizer)
+    checkpoint["param_groups"][0].update(caution=True, lr_scale=0.5, tag="x", off=False)
+    with pytest.warns(
+        UserWarning, match=r"param_groups\[0\] of the checkpoint has caution=True; .* ignores it"
+    ) as caught:
+        optimizer.load_state_dict(checkpoint)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert optimizer.param_groups[0]["caution"] is True
+
+
+@every_class
+@pytest.mark.parametrize("place", ["ours", "Apex's"])
+def test_checkpoint_of_a_clipped_training_warns_who_does_not_clip(spec, place):
+    params = make_params(SHAPES)
+    optimizer = spec.make(params, max_grad_norm=0.5 if place == "ours" else None)
+    train(optimizer, params, 1)
+    checkpoint = saved(optimizer)
+    if place != "ours":  # FusedLAMB has it in its groups
+        checkpoint["param_groups"][0]["max_grad_norm"] = 0.5
+    resumed = spec.make(clone_params(params))
+    with pytest.warns(UserWarning, match="trained with max_grad_norm=0.5, and this optimizer does not clip"):
+        resumed.load_state_dict(checkpoint)
+    assert "max_grad_norm" not in resumed.param_groups[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec.make(clone_params(params), max_grad_norm=2.0).load_state_dict(checkpoint)
+        resumed.load_state_dict(saved(resumed))
+    if spec.twin_name and place == "ours":
+        spec.twin(clone_params(params), **known_to_torch(spec.options)).load_state_dict(checkpoint)
+
+
 # ---- refused -----------------------------------------------------------------------------------------------------
 
 
@@ -474,6 +608,25 @@ def group_without_params(checkpoint):
     del checkpoint["param_groups"][1]["params"]
 
 
+def keyed_by_strings(checkpoint):
+    """As after a way through JSON."""
+    checkpoint["state"] = {str(key): value for key, value in checkpoint["state"].items()}
+
+
+def of_a_parameter_that_is_not_there(checkpoint):
+    checkpoint["state"][99] = checkpoint["state"][0]
+
+
+def of_bitsandbytes(checkpoint):
+    for state in checkpoint["state"].values():
+        state["state1"] = torch.ones(3)
+
+
+def of_another_rule(checkpoint):
+    for state in checkpoint["state"].values():
+        state["old_param"] = torch.ones(3)
+
+
 def one_id_for_two(checkpoint):
     checkpoint["param_groups"][0]["params"] = [0, 0]
 
@@ -515,6 +668,10 @@ WRONG = {
     state_in_words: r"param_groups\[0\]\['params'\]\[0\]: its state is a str, not a dict",
     no_groups: r"it needs 'param_groups', a list, and 'state', a dict",
     group_without_params: r"param_groups\[1\] has no list 'params'",
+    keyed_by_strings: r"state has keys that are no parameter's: '0', '1', '2', …",
+    of_a_parameter_that_is_not_there: r"state has keys that are no parameter's: 99",
+    of_bitsandbytes: r"param_groups\[0\]\['params'\]\[0\]: \w+ has no state 'state1'",
+    of_another_rule: r"param_groups\[0\]\['params'\]\[0\]: \w+ has no state 'old_param'",
     one_id_for_two: r"param_groups\[0\]\['params'\]\[1\]: it has the same id, 0, as another parameter",
 }
 

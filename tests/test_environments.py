@@ -179,7 +179,7 @@ def test_cpu_without_any_of_the_instruction_sets_falls_back(monkeypatch):
     optimizer = fusedopt.SGD([param], lr=0.5)
     optimizer.step()
     assert param.tolist() == [0.5] * 3
-    assert type(optimizer._plan.buckets[0]).__module__ == "fusedopt.backends.reference"
+    assert type(optimizer._plans["step"].buckets[0]).__module__ == "fusedopt.backends.reference"
 
 
 def test_plan_and_engine_take_the_same_number_of_dimensions():

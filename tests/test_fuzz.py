@@ -588,6 +588,8 @@ def edges(name: str) -> tuple:
 def options(spec: Spec) -> st.SearchStrategy:
     """Valid arguments of the class, all of them: a switch that the others forbid is off."""
     accepted = set(inspect.signature(spec.cls.__init__).parameters)
+    if spec.name == "AdamW":
+        accepted -= {"decoupled_weight_decay"}  # always True
     axes = {name: edges(name) for name in spec.rule.hyper if name in accepted}
     for state in spec.rule.states:
         if state.option is not None:
@@ -661,7 +663,7 @@ def run_example(spec: Spec, example: Example, tally: Counter) -> None:
             recipes.append(recipe)
             placed.append((params[-1], place))
         groups.append({"params": params, **given_options})
-    max_grad_norm = example.max_norm if example.clip == "constructor" else None
+    max_grad_norm = (example.max_norm or 1e-9) if example.clip == "constructor" else None
     optimizer = spec.cls(groups, backend=example.backend, max_grad_norm=max_grad_norm)
     loop = Loop(spec, optimizer, tally)
     if example.grad_scale is not None:

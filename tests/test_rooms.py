@@ -36,7 +36,7 @@ WALLS = {
     "who loads the extension knows no tensor": ("fusedopt/extension.py", [r"\btorch\b", r"backends|plan\b"]),
     "classes know their row and the base": (
         "fusedopt/optimizers/*.py",
-        [r"backends|data_ptr|_C\b", r"from fusedopt\.(?!optimizer\b|rules\b|optimizers\.)"],
+        [r"backends|data_ptr|_C\b", r"from fusedopt\.(?!optimizer\b|rules\b|types\b|optimizers\.)"],
     ),
     "schedules, groups and recipes know no engine": (
         "fusedopt/schedules.py fusedopt/param_groups.py fusedopt/recipes.py",

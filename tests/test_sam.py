@@ -481,12 +481,14 @@ def test_schedulers_and_hooks_see_one_step():
     assert seen == ["before", "after"] * 2
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("is_finite", [True, False])
-def test_grad_scaler(is_finite, on_backend):
-    """Powers of two scale exactly: the same bits as without; a gradient that is not finite only skips the step."""
+def test_grad_scaler(is_finite, fused, on_backend):
+    """Powers of two scale exactly: the same bits as without; a gradient that is not finite only skips the step. The weights
+    come back then too, whoever unscales."""
     params = make_params()
     others = clone_params(params)
-    scaled, plain = (fusedopt.SAM(each, rho=0.5, lr=0.05, max_grad_norm=1.0) for each in (params, others))
+    scaled, plain = (fusedopt.SAM(each, rho=0.5, lr=0.05, max_grad_norm=1.0, fused=fused) for each in (params, others))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for seed in range(3):
         plain.step(closure_of(plain, others, seed))
@@ -496,7 +498,7 @@ def test_grad_scaler(is_finite, on_backend):
         scaled.zero_grad()
         scaler.scale(loss_of(params, seed)).backward()
         if seed == 2 and not is_finite:
-            before = [scaled._sources[param].clone() for param in params if param.numel()]
+            before = [scaled._ascent.sources[param].clone() for param in params if param.numel()]
             params[0].grad[0] = torch.inf
         scaler.step(scaled)
         scaler.update()
@@ -580,7 +582,7 @@ def test_bad_arguments_are_refused():
 
     with pytest.raises(TypeError, match="OwnStep has a step of its own"):
         fusedopt.SAM(params, OwnStep)
-    with pytest.raises(TypeError, match="SAM has no subclasses"):
+    with pytest.raises(TypeError, match="SAM itself has no subclasses"):
         type("Mine", (fusedopt.SAM,), {})
     with pytest.raises(TypeError, match="SAM goes around an optimizer"):
         fusedopt.recipes.rnn(torch.nn.Linear(2, 2), 10, optimizer=fusedopt.SAM, lr=0.1)

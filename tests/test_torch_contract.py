@@ -86,7 +86,10 @@ def test_group_with_default_options_is_torchs(spec):
         return {name: value for name, value in cls(make_params()).param_groups[0].items() if name != "params"}
 
     assert known_to_torch(group(spec.cls)) == known_to_torch(group(spec.twin))
-    assert known_to_torch(spec.cls(make_params()).defaults) == known_to_torch(spec.twin(make_params()).defaults)
+    ours = {
+        name: value for name, value in spec.cls(make_params()).defaults.items() if name not in spec.cls._whole_options
+    }
+    assert known_to_torch(ours) == known_to_torch(spec.twin(make_params()).defaults)
 
 
 @only_on("cpu", "nothing is computed")
@@ -105,7 +108,8 @@ def test_is_an_optimizer_with_an_ordinary_step(spec):
     optimizer = spec.make(make_params())
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert optimizer.step.__func__ is spec.cls.step
-    assert spec.cls._step_supports_amp_scaling is True
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
+    assert spec.make(make_params(), fused=True)._step_supports_amp_scaling is True
     assert not hasattr(optimizer, "grad_scale")
     assert not hasattr(optimizer, "found_inf")
     assert repr(optimizer).startswith(f"{spec.name} (\nParameter Group 0\n")
@@ -150,7 +154,12 @@ def test_torchs_implementation_switches_are_accepted_and_kept(spec, where):
         params = make_params()
         switch = {name: value}
         optimizer = spec.make(params, **switch) if where == "constructor" else spec.make([{"params": params, **switch}])
-        assert optimizer.param_groups[0][name] is True
+        holder = (
+            optimizer.defaults
+            if name in spec.cls._whole_options and where == "constructor"
+            else optimizer.param_groups[0]
+        )
+        assert holder[name] is True
         plain_params = make_params()
         train(optimizer, params, 2)
         train(spec.make(plain_params), plain_params, 2)
@@ -1284,14 +1293,19 @@ def scaler_at(scale):
     return scaler
 
 
+unscaled_by_either = pytest.mark.parametrize("fused", [None, True], ids=["scaler unscales", "step unscales"])
+
+
+@unscaled_by_either
 @pytest.mark.parametrize("unscale", [False, True], ids=["at the step", "by unscale_"])
 @pytest.mark.parametrize("limit", [None, 0.5])
 @every_class
-def test_scaled_gradients_step_as_unscaled_ones(spec, unscale, limit):
+def test_scaled_gradients_step_as_unscaled_ones(spec, unscale, limit, fused):
     """The clip sees the unscaled norm; a scale that is a power of two costs no bit."""
     params = make_params()
     plain_params = clone_params(params)
-    optimizer, plain = spec.make(params, max_grad_norm=limit), spec.make(plain_params, max_grad_norm=limit)
+    optimizer = spec.make(params, max_grad_norm=limit, fused=fused)
+    plain = spec.make(plain_params, max_grad_norm=limit)
     scaler = scaler_at(1024.0)
     for step in range(3):
         scaled_grads(params, step, 1024.0)
@@ -1308,12 +1322,13 @@ def test_scaled_gradients_step_as_unscaled_ones(spec, unscale, limit):
     assert not hasattr(optimizer, "found_inf")
 
 
-@pytest.mark.parametrize("unscale", [False, True], ids=["at the step", "by unscale_"])
+@pytest.mark.parametrize("fused, unscale", [(None, True), (True, True), (True, False)])
 @pytest.mark.parametrize("when", [0, 2], ids=["first step", "third step"])
 @every_class
-def test_found_inf_changes_nothing(spec, when, unscale):
+def test_found_inf_changes_nothing(spec, when, unscale, fused):
+    """A scaler that unscales by itself does not call the step, so the optimizer has nothing to count."""
     params = make_params()
-    optimizer = spec.make(params)
+    optimizer = spec.make(params, fused=fused)
     train(optimizer, params, when)
     scaler = scaler_at(1024.0)
     scaled_grads(params, 5, 1024.0)
@@ -1325,7 +1340,7 @@ def test_found_inf_changes_nothing(spec, when, unscale):
     assert bool(optimizer.state) == bool(when)
     scaler.update()
     assert scaler.get_scale() == 512.0
-    assert optimizer.skipped_steps == 1
+    assert optimizer.skipped_steps == bool(fused)
 
     plain_params = make_params()
     plain = spec.make(plain_params)
@@ -1335,15 +1350,15 @@ def test_found_inf_changes_nothing(spec, when, unscale):
     scaler.update()
     train(plain, plain_params, 1, 6)
     assert_close(params, plain_params, 1e-6)
-    assert optimizer.skipped_steps == 1
+    assert optimizer.skipped_steps == bool(fused)
 
 
 @every_class
 def test_float16_parameters_work_with_the_scaler(spec):
-    """torch's own optimizers raise "Attempting to unscale FP16 gradients" here."""
+    """Where the step unscales. The scaler by itself raises "Attempting to unscale FP16 gradients"."""
     params = make_params(((13, 7), (33,)), torch.float16)
     plain_params = clone_params(params)
-    optimizer, plain = spec.make(params), spec.make(plain_params)
+    optimizer, plain = spec.make(params, fused=True), spec.make(plain_params)
     scaler = scaler_at(64.0)
     scaled_grads(params, 0, 64.0)
     scaler.step(optimizer)
@@ -1522,7 +1537,7 @@ def test_plan_takes_at_most_a_hundredth_of_the_states():
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer.step()
-    bucket = optimizer._plan.buckets[0]
+    bucket = optimizer._plans["step"].buckets[0]
     assert isinstance(bucket, cpu.Bucket)
     scratch = bucket._table.scratch_bytes()
     states = sum(value.numel() * 4 for state in optimizer.state.values() for value in state.values())
@@ -1587,7 +1602,7 @@ def test_interrupted_step_leaves_the_optimizer_usable(spec, monkeypatch):
     for where in ("refresh", "release", "discard_fresh_state"):
         set_grads(params, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(type(optimizer._plan), where, interrupt)
+            patch.setattr(type(optimizer._plans["step"]), where, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.clip_grad_norm_(1.0)
         assert optimizer._in_step == {}

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
-import warnings
 from types import ModuleType
 
 import torch
 
 from fusedopt.backends import cpu, cuda, reference, triton
+from fusedopt.errors import warn
 
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
 
@@ -84,8 +83,4 @@ def warn_of_fallback(device_type: str) -> None:
     picked, passed_over = explain(device)
     reasons = [f"not {name!r}: {reason}" for name, reason in passed_over.items() if BACKENDS[name].supports(device)]
     if picked == "reference" and reasons:
-        message = f"fusedopt updates parameters on {device_type} by its slow backend 'reference'; {'; '.join(reasons)}"
-        level, frame = 1, sys._getframe()
-        while frame is not None and frame.f_globals.get("__name__", "").startswith("fusedopt."):
-            level, frame = level + 1, frame.f_back
-        warnings.warn(message, stacklevel=level)
+        warn(f"fusedopt updates parameters on {device_type} by its slow backend 'reference'; {'; '.join(reasons)}")

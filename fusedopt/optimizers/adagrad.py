@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rules import RULES
+from fusedopt.types import Backend, Nonfinite, Params, Sparse
 
 
 class Adagrad(FusedOptimizer):
@@ -32,8 +31,10 @@ class Adagrad(FusedOptimizer):
             tables of embeddings, whose state it makes as small as one column. A vector's rows are its elements. No backend
             but ``"reference"`` has it, which is used whatever was asked for; complex parameters are refused.
         maximize: ascend instead of descend.
-        foreach, fused: accepted and ignored: they choose among torch's implementations.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
+        foreach: accepted and ignored: it chooses among torch's implementations.
+        fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
+            fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
+        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
         sparse: ``"lazy"`` takes sparse gradients (COO) whatever the options: the rule is then applied to the rows they touch
@@ -63,7 +64,7 @@ class Adagrad(FusedOptimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         lr: float | Tensor = 1e-2,
         lr_decay: float = 0,
         weight_decay: float = 0,
@@ -77,9 +78,9 @@ class Adagrad(FusedOptimizer):
         eps_inside_sqrt: bool = False,
         rowwise: bool = False,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
-        backend: str | None = None,
-        sparse: str | None = None,
+        nonfinite: Nonfinite = "propagate",
+        backend: Backend | None = None,
+        sparse: Sparse | None = None,
     ):
         defaults = dict(
             lr=lr,
@@ -94,3 +95,10 @@ class Adagrad(FusedOptimizer):
         )
         own_options = {"eps_inside_sqrt": eps_inside_sqrt, "rowwise": rowwise}
         super().__init__(params, defaults, own_options, max_grad_norm, nonfinite, backend, sparse)
+
+    def share_memory(self) -> None:
+        """Puts ``sum`` of every parameter in memory that processes share, as torch; what has no state yet gets it now."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._make_first_state(group, param)
+                self.state[param]["sum"].share_memory_()

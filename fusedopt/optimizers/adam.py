@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rules import RULES
+from fusedopt.types import Backend, Betas, Nonfinite, Params, Sparse
 
 
 class Adam(FusedOptimizer):
@@ -30,9 +29,11 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: AdamW's weight decay.
         bias_correction: divide m and v by 1 − βᵗ. False with ``amsgrad`` is AMSGrad as first published.
         maximize: ascend instead of descend.
-        foreach, fused: accepted and ignored: they choose among torch's implementations.
+        foreach: accepted and ignored: it chooses among torch's implementations.
+        fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
+            fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
         capturable: whether a step may be captured in a CUDA graph.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
+        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
         sparse: ``"lazy"`` takes sparse gradients (COO): the rule is then applied to the rows they touch alone; the others
@@ -62,9 +63,9 @@ class Adam(FusedOptimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
         amsgrad: bool = False,
@@ -77,9 +78,9 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         bias_correction: bool = True,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
-        backend: str | None = None,
-        sparse: str | None = None,
+        nonfinite: Nonfinite = "propagate",
+        backend: Backend | None = None,
+        sparse: Sparse | None = None,
     ):
         defaults = dict(
             lr=lr,
@@ -126,9 +127,9 @@ class AdamW(Adam):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
@@ -138,12 +139,17 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
         bias_correction: bool = True,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
-        backend: str | None = None,
-        sparse: str | None = None,
+        nonfinite: Nonfinite = "propagate",
+        backend: Backend | None = None,
+        sparse: Sparse | None = None,
     ):
+        if decoupled_weight_decay is not True:  # an argument at all so that AdamW(params, **opt.defaults) works
+            raise ValueError(
+                f"AdamW decouples weight decay: use Adam, got decoupled_weight_decay={decoupled_weight_decay}"
+            )
         super().__init__(
             params,
             lr,
@@ -156,7 +162,7 @@ class AdamW(Adam):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
-            decoupled_weight_decay=True,
+            decoupled_weight_decay=decoupled_weight_decay,
             bias_correction=bias_correction,
             max_grad_norm=max_grad_norm,
             nonfinite=nonfinite,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rules import RULES
+from fusedopt.types import Backend, Betas, Nonfinite, Params
 
 
 class Adan(FusedOptimizer):
@@ -31,8 +30,10 @@ class Adan(FusedOptimizer):
         decoupled_weight_decay: weight decay as in AdamW (the published code's ``no_prox``).
         maximize: ascend instead of descend.
         foreach: accepted and ignored: it chooses among torch's implementations.
+        fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
+            fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
         capturable: whether a step may be captured in a CUDA graph.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
+        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
@@ -58,9 +59,9 @@ class Adan(FusedOptimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+        betas: Betas = (0.98, 0.92, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0,
         decoupled_weight_decay: bool = False,
@@ -69,9 +70,10 @@ class Adan(FusedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        fused: bool | None = None,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
-        backend: str | None = None,
+        nonfinite: Nonfinite = "propagate",
+        backend: Backend | None = None,
     ):
         defaults = dict(
             lr=lr,
@@ -83,5 +85,6 @@ class Adan(FusedOptimizer):
             foreach=foreach,
             capturable=capturable,
             differentiable=differentiable,
+            fused=fused,
         )
         super().__init__(params, defaults, {}, max_grad_norm, nonfinite, backend)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rules import RULES
+from fusedopt.types import Backend, Betas, Nonfinite, Params
 
 
 class Lion(FusedOptimizer):
@@ -26,9 +25,11 @@ class Lion(FusedOptimizer):
         betas: β₁ (what the sign is taken of) and β₂ (what is kept), each in [0, 1).
         weight_decay: λ, >= 0, decoupled.
         maximize: ascend instead of descend.
-        foreach, fused: accepted and ignored: they choose among torch's implementations.
+        foreach: accepted and ignored: it chooses among torch's implementations.
+        fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
+            fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
         capturable: whether a step may be captured in a CUDA graph.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
+        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
@@ -54,9 +55,9 @@ class Lion(FusedOptimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: Betas = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
@@ -65,8 +66,8 @@ class Lion(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
-        backend: str | None = None,
+        nonfinite: Nonfinite = "propagate",
+        backend: Backend | None = None,
     ):
         defaults = dict(
             lr=lr,

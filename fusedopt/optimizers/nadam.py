@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import ClassVar
 
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rules import RULES
+from fusedopt.types import Backend, Betas, Nonfinite, Params
 
 
 class NAdam(FusedOptimizer):
@@ -32,8 +33,10 @@ class NAdam(FusedOptimizer):
         decoupled_weight_decay: weight decay as in AdamW.
         maximize: ascend instead of descend.
         foreach: accepted and ignored: it chooses among torch's implementations.
+        fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
+            fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
         capturable: whether a step may be captured in a CUDA graph.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
+        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
@@ -56,12 +59,13 @@ class NAdam(FusedOptimizer):
     """
 
     rule = RULES["nadam"]
+    _whole_options: ClassVar = {**FusedOptimizer._whole_options, "fused": None}  # torch's groups have no such option
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         lr: float | Tensor = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
         momentum_decay: float = 4e-3,
@@ -71,9 +75,10 @@ class NAdam(FusedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        fused: bool | None = None,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
-        backend: str | None = None,
+        nonfinite: Nonfinite = "propagate",
+        backend: Backend | None = None,
     ):
         defaults = dict(
             lr=lr,
@@ -86,5 +91,6 @@ class NAdam(FusedOptimizer):
             foreach=foreach,
             capturable=capturable,
             differentiable=differentiable,
+            fused=fused,
         )
         super().__init__(params, defaults, {}, max_grad_norm, nonfinite, backend)

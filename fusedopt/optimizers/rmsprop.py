@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import ClassVar
 
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rules import RULES
+from fusedopt.types import Backend, Nonfinite, Params
 
 
 class RMSprop(FusedOptimizer):
@@ -36,8 +37,10 @@ class RMSprop(FusedOptimizer):
         eps_inside_sqrt: √(v + ε) instead of √v + ε, as TensorFlow does.
         maximize: ascend instead of descend.
         foreach: accepted and ignored: it chooses among torch's implementations.
+        fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
+            fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
         capturable: whether a step may be captured in a CUDA graph.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
+        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
@@ -61,10 +64,11 @@ class RMSprop(FusedOptimizer):
     """
 
     rule = RULES["rmsprop"]
+    _whole_options: ClassVar = {**FusedOptimizer._whole_options, "fused": None}  # torch's groups have no such option
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         lr: float | Tensor = 1e-2,
         alpha: float = 0.99,
         eps: float = 1e-8,
@@ -76,10 +80,11 @@ class RMSprop(FusedOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
         *,
+        fused: bool | None = None,
         eps_inside_sqrt: bool = False,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
-        backend: str | None = None,
+        nonfinite: Nonfinite = "propagate",
+        backend: Backend | None = None,
     ):
         defaults = dict(
             lr=lr,
@@ -92,5 +97,6 @@ class RMSprop(FusedOptimizer):
             foreach=foreach,
             maximize=maximize,
             differentiable=differentiable,
+            fused=fused,
         )
         super().__init__(params, defaults, {"eps_inside_sqrt": eps_inside_sqrt}, max_grad_norm, nonfinite, backend)

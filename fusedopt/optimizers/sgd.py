@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rules import RULES
+from fusedopt.types import Backend, Nonfinite, Params, Sparse
 
 
 class SGD(FusedOptimizer):
@@ -30,8 +29,10 @@ class SGD(FusedOptimizer):
         weight_decay: λ, >= 0, as L2.
         nesterov: Nesterov momentum; needs momentum > 0 and dampening 0.
         maximize: ascend instead of descend.
-        foreach, fused: accepted and ignored: they choose among torch's implementations.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
+        foreach: accepted and ignored: it chooses among torch's implementations.
+        fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
+            fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
+        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
         sparse: ``"lazy"`` takes sparse gradients (COO) whatever the options: the rule is then applied to the rows they touch
@@ -60,7 +61,7 @@ class SGD(FusedOptimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
@@ -72,9 +73,9 @@ class SGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
-        backend: str | None = None,
-        sparse: str | None = None,
+        nonfinite: Nonfinite = "propagate",
+        backend: Backend | None = None,
+        sparse: Sparse | None = None,
     ):
         defaults = dict(
             lr=lr,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.rules import RULES
+from fusedopt.types import Backend, Betas, Nonfinite, Params
 
 
 class StableAdamW(FusedOptimizer):
@@ -31,8 +30,10 @@ class StableAdamW(FusedOptimizer):
         weight_decay: λ, >= 0; decoupled, and shortened with the step.
         maximize: ascend instead of descend.
         foreach: accepted and ignored: it chooses among torch's implementations.
+        fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
+            fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
         capturable: whether a step may be captured in a CUDA graph.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not.
+        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
         nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
@@ -60,9 +61,9 @@ class StableAdamW(FusedOptimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: Betas = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
@@ -70,9 +71,10 @@ class StableAdamW(FusedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        fused: bool | None = None,
         max_grad_norm: float | None = None,
-        nonfinite: str = "propagate",
-        backend: str | None = None,
+        nonfinite: Nonfinite = "propagate",
+        backend: Backend | None = None,
     ):
         defaults = dict(
             lr=lr,
@@ -83,5 +85,6 @@ class StableAdamW(FusedOptimizer):
             foreach=foreach,
             capturable=capturable,
             differentiable=differentiable,
+            fused=fused,
         )
         super().__init__(params, defaults, {}, max_grad_norm, nonfinite, backend)

@@ -1,0 +1,276 @@
+"""From a checkpoint to an optimizer's state and groups: everything is checked before anything is made."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fusedopt import dtensor
+from fusedopt.errors import named_params, short_dtype
+from fusedopt.plan import compute_dtype, instead_of, new_state
+from fusedopt.rules import Rule, number
+
+if TYPE_CHECKING:
+    from fusedopt.optimizer import FusedOptimizer
+
+# States of optimizers that have no rule here: of torch.optim's Adadelta, Adamax, ASGD and Rprop, and of bitsandbytes.
+OTHER_STATES = frozenset(("acc_delta", "exp_inf", "ax", "eta", "mu", "prev", "step_size", "state1", "state2"))
+
+
+@dataclass
+class Checkpoint:
+    """What an optimizer is to take over."""
+
+    state: dict[Any, Any]
+    param_groups: list[dict[str, Any]]
+    warnings: list[str]
+
+
+@dataclass
+class _Loaded:
+    """One parameter of the optimizer, and where its state is in the checkpoint."""
+
+    param: torch.Tensor
+    saved_id: Any
+    where: str
+    group: Mapping[str, Any]  # the saved options, completed by the optimizer's defaults
+
+
+def read(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Checkpoint:
+    """What a checkpoint holds, in the form that steps keep it in. Nothing of it is changed or kept.
+
+    Raises:
+        ValueError: it does not fit the optimizer; the first differences are listed.
+    """
+    differences = [*_group_differences(optimizer, state_dict)]
+    if not differences:
+        groups = [_without_clip(group) for group in deepcopy(state_dict["param_groups"])]
+        saved_state = dict(state_dict["state"])
+        if optimizer.rule.keeps_step:
+            _move_steps_out_of_groups(groups, saved_state)
+        differences = [*_name_differences(optimizer.param_groups, groups)]
+    if not differences:
+        loaded = [*_matched(optimizer, groups)]
+        differences = [*_state_differences(optimizer, loaded, saved_state)]
+    if differences:
+        listed = "\n  ".join(differences[:5])
+        more = f"\n  and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise ValueError(
+            f"{type(optimizer).__name__}.load_state_dict: the checkpoint does not fit this optimizer, "
+            f"which is unchanged:\n  {listed}{more}"
+        )
+
+    state: dict[Any, Any] = defaultdict(dict)
+    for entry in loaded:
+        if entry.saved_id in saved_state:
+            state[entry.param] = _state_of(optimizer.rule, entry, saved_state[entry.saved_id])
+    known = {entry.saved_id for entry in loaded}
+    state.update({key: deepcopy(value) for key, value in saved_state.items() if key not in known})
+    warnings = [*_warnings(optimizer, state_dict, groups)]
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        saved["params"] = group["params"]
+        if "param_names" in group:
+            saved["param_names"] = group["param_names"]
+    return Checkpoint(state, groups, warnings)
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------
+
+
+def _without_clip(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Apex's LAMB keeps `max_grad_norm` in its groups; here it is an option of the whole optimizer (`_warnings`)."""
+    return {name: value for name, value in group.items() if name != "max_grad_norm"}
+
+
+def _group_differences(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Iterator[str]:
+    saved_groups, saved_state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(saved_groups, list) or not isinstance(saved_state, Mapping):
+        yield "it needs 'param_groups', a list, and 'state', a dict; it is no optimizer's state_dict()"
+        return
+    groups = optimizer.param_groups
+    if len(saved_groups) != len(groups):
+        yield f"it has {len(saved_groups)} parameter groups, the optimizer {len(groups)}"
+        return
+    for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), list):
+            yield f"param_groups[{g}] has no list 'params'"
+            continue
+        if len(saved["params"]) != len(group["params"]):
+            yield f"param_groups[{g}] has {len(saved['params'])} parameters, the optimizer's {len(group['params'])}"
+        try:
+            optimizer._check_options({**optimizer._group_defaults(), **_without_clip(saved)})
+        except (ValueError, TypeError) as error:
+            yield f"param_groups[{g}]: {error}"
+
+
+def _move_steps_out_of_groups(groups: list[dict[str, Any]], saved_state: dict[Any, Any]) -> None:
+    """Apex, optimi and others keep one step count per group: it becomes that of each parameter that has none."""
+    for group in groups:
+        without = [
+            saved_id
+            for saved_id in group["params"]
+            if isinstance(saved_state.get(saved_id), Mapping)
+            and saved_state[saved_id]
+            and "step" not in saved_state[saved_id]
+        ]
+        if without and group.get("step") is not None:
+            step = group.pop("step")
+            saved_state.update({saved_id: {"step": step, **saved_state[saved_id]} for saved_id in without})
+
+
+def _warnings(optimizer: FusedOptimizer, state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> Iterator[str]:
+    """What the training that made the checkpoint did and the optimizer will not do."""
+    name = type(optimizer).__name__
+    for g, (group, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        known = {"params", "param_names", *optimizer.defaults, *optimizer.rule.own_options, *group}
+        unknown = [f"{option}=True" for option, value in saved.items() if value is True and option not in known]
+        if unknown:
+            yield f"param_groups[{g}] of the checkpoint has {', '.join(unknown)}; {name} has no such option and ignores it"
+    places = [state_dict.get("fusedopt"), *state_dict["param_groups"]]
+    limits = [place.get("max_grad_norm") for place in places if isinstance(place, Mapping)]
+    limit = next((limit for limit in limits if isinstance(limit, (int, float)) and limit > 0), None)
+    if limit is not None and optimizer.max_grad_norm is None:
+        yield (
+            f"the checkpoint was trained with max_grad_norm={limit}, and this optimizer does not clip; to go on clipping, "
+            f"set its attribute max_grad_norm to {limit}"
+        )
+
+
+# ---- which state is whose --------------------------------------------------------------------------------------
+
+
+def _names(param_groups: list[dict[str, Any]]) -> list[str | None]:
+    """The name of each parameter, over all groups; None where it has none."""
+    return [name for group in param_groups for _, name, _ in named_params(group)]
+
+
+def _are_same_names(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> bool:
+    """Whether both sides name every parameter, and have the same names, in whatever order."""
+    ours, theirs = _names(groups), _names(saved_groups)
+    return None not in ours and len(set(ours)) == len(ours) == len(theirs) and set(ours) == set(theirs)
+
+
+def _name_differences(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> Iterator[str]:
+    """Where names and positions contradict each other, so that neither tells whose a state is."""
+    if _are_same_names(groups, saved_groups):
+        return
+    ours, theirs = (
+        {name: i for i, name in enumerate(_names(some)) if name is not None} for some in (groups, saved_groups)
+    )
+    for name, position in ours.items():
+        if theirs.get(name, position) != position:
+            only_here = ", ".join(map(repr, sorted(ours.keys() - theirs.keys())[:3])) or "no name"
+            yield f"it has parameter {name!r} at another position, and lacks {only_here}, so that order and names disagree"
+
+
+def _matched(optimizer: FusedOptimizer, saved_groups: list[dict[str, Any]]) -> Iterator[_Loaded]:
+    """By name where both sides have the same names, else by position, as in torch."""
+    saved_ids = [saved_id for group in saved_groups for saved_id in group["params"]]
+    if _are_same_names(optimizer.param_groups, saved_groups):
+        id_of = dict(zip(_names(saved_groups), saved_ids, strict=True))
+        saved_ids = [id_of[name] for name in _names(optimizer.param_groups)]
+    remaining = iter(saved_ids)
+    for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
+        options = {**optimizer._group_defaults(), **saved}
+        for i, param in enumerate(group["params"]):
+            yield _Loaded(param, next(remaining), f"param_groups[{g}]['params'][{i}]", options)
+
+
+# ---- states ----------------------------------------------------------------------------------------------------
+
+
+def _is_own(rule: Rule, name: Any) -> bool:
+    """Whether it is a state that the rule keeps; a count of steps fits everywhere."""
+    return name == "step" or name in rule.state_names
+
+
+def _state_differences(
+    optimizer: FusedOptimizer, loaded: list[_Loaded], saved_state: Mapping[Any, Any]
+) -> Iterator[str]:
+    rule, name_of_class = optimizer.rule, type(optimizer).__name__
+    own_states = {state.name: state for state in rule.states}
+    scalars = ["step"] * rule.keeps_step + [rule.extra] * bool(rule.extra)
+    needed = [*scalars, *(name for name, state in own_states.items() if state.option is None)]
+    param_of: dict[Any, torch.Tensor] = {}
+    for entry in loaded:
+        where, param = entry.where, entry.param
+        if param_of.setdefault(entry.saved_id, param) is not param:
+            yield f"{where}: it has the same id, {entry.saved_id!r}, as another parameter"
+        saved = saved_state.get(entry.saved_id)
+        if saved is None or (isinstance(saved, Mapping) and all(value is None for value in saved.values())):
+            continue
+        if not isinstance(saved, Mapping):
+            yield f"{where}: its state is a {type(saved).__name__}, not a dict"
+            continue
+        for name in needed:
+            if saved.get(name) is None:
+                yield f"{where}: state {name!r} is missing (it has {', '.join(map(str, saved))})"
+        for name, value in saved.items():
+            if not _is_own(rule, name):
+                if name in OTHER_STATES or name in Rule.all_state_names():
+                    yield f"{where}: {name_of_class} has no state {name!r}"
+            elif value is not None:
+                kept = own_states.get(name)
+                shape = rule.state_shape(entry.group, kept, param.shape) if kept else ()
+                reason = _misfit(value, param, shape) if kept else _no_count(value)
+                if reason:
+                    yield f"{where}: state {name!r} {reason}"
+    strangers = [
+        repr(key)
+        for key, value in saved_state.items()
+        if key not in param_of and isinstance(value, Mapping) and not Rule.all_state_names().isdisjoint(value)
+    ]
+    if strangers:
+        yield f"state has keys that are no parameter's: {', '.join(strangers[:3])}{', …' * (len(strangers) > 3)}"
+
+
+def _state_of(rule: Rule, entry: _Loaded, saved: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A parameter's state: the rule's in the form that steps keep them in, others as they are, on its device."""
+    own_states = {state.name: state for state in rule.states}
+    param, result = entry.param, {}
+    for name, value in saved.items():
+        if name in own_states and value is not None:
+            result[name] = new_state(param, rule.state_shape(entry.group, own_states[name], param.shape)).copy_(value)
+        elif _is_own(rule, name):
+            if value is not None:
+                dtype = torch.float32 if name == "step" else compute_dtype(param)
+                result[name] = torch.tensor(float(value), dtype=dtype, device="cpu")
+        elif isinstance(value, torch.Tensor):
+            result[name] = value.detach().to(param.device, copy=True)
+        else:
+            result[name] = deepcopy(value)
+    return result
+
+
+def _misfit(value: Any, param: torch.Tensor, shape: tuple[int, ...]) -> str | None:
+    """Why a saved value cannot become a state of that parameter."""
+    if not isinstance(value, torch.Tensor):
+        return f"is a {type(value).__name__}, not a tensor"
+    if value.shape != shape:
+        return f"has shape {tuple(value.shape)}{instead_of(shape, param)}, the parameter {tuple(param.shape)}"
+    problem = dtensor.misplaced(value, param)
+    if problem:
+        return f"is {problem}"
+    if value.layout != torch.strided or value.is_meta:
+        return "is on the meta device, it has no values" if value.is_meta else f"has layout {value.layout}"
+    is_number = value.is_floating_point() or value.is_complex()
+    if not is_number or value.is_complex() != param.is_complex():
+        return f"is {short_dtype(value)}, the parameter {short_dtype(param)}"
+    return None
+
+
+def _no_count(value: Any) -> str | None:
+    """Why a saved value cannot become a step count, or another scalar that counts up."""
+    if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_meta):
+        return f"has shape {tuple(value.shape)} on {value.device}, not one value"
+    try:
+        count = number("it", value)
+    except ValueError:
+        return f"is {value!r}, not a number"
+    return None if 0 <= count < math.inf else f"is {count}"
