@@ -2345,21 +2345,20 @@ def run(folder: Path, *command: str) -> str:
     return result.stdout
 
 
+def project_files(others: bool = True) -> list[str]:
+    """The files that git tracks, and the others that it would add."""
+    options = ["--cached", *(["--others", "--exclude-standard"] if others else [])]
+    listed = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, check=True, text=True)
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
 def make_copy(folder: Path) -> None:
-    """The files that git tracks or would add, as they are now."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    # Where the installed package has them; else the import would find those of the project itself.
-    (folder / "fusedopt/kernels").symlink_to("../kernels")
+    """The project's files as they are now, in a checkout of their own: there are tests that ask git."""
+    for name in project_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    for command in (["init", "--quiet"], ["add", "--all"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
 
 
 def build(folder: Path) -> list[list[str]]:
