@@ -387,6 +387,7 @@ IN_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn
         ),
         ("c++", "the C++ extension could not be built. Installing WITHOUT it", "1.without_cpp"),
     ],
+    ids=["nvcc", "c++"],
 )
 def test_pip_says_what_it_leaves_out(tmp_path, fake, broken, says, tag):
     """Without -v: on the terminal, and where there is none at least in the name of the wheel."""
@@ -495,6 +496,18 @@ def test_reason_for_a_missing_cuda_part_is_what_the_build_wrote_down(tmp_path, m
     finally:
         cuda._load.cache_clear()
         backends.warn_of_fallback.cache_clear()
+
+
+def test_no_command_is_printed_where_none_helps(tmp_path, monkeypatch):
+    """There is no nvcc for macOS, and none that compiles for AMD's GPUs."""
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
+    for owner, name, value, expected in (
+        (torch.version, "hip", "7.0", "this torch is one for AMD GPUs"),
+        (sys, "platform", "darwin", "there is no CUDA for macOS"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert expected in cuda._why_not_built() and "`" not in cuda._why_not_built()
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,8 @@ def _why_not_built() -> str:
     """The reason, and what to do."""
     if sys.platform == "darwin":
         return "not built: there is no CUDA for macOS"
+    if torch.version.hip is not None:
+        return "not built: it serves NVIDIA GPUs, and this torch is one for AMD GPUs, which the backend 'triton' serves"
     record = _record() or "not built"
     if record.startswith("built "):
         record = f"not built: {LIBRARY.name} is missing"
