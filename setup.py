@@ -191,6 +191,7 @@ class BuildExt(build_ext):
         except (BaseError, CCompilerError) as error:
             if not ext.optional:
                 raise
+            target.unlink(missing_ok=True)
             print(error, file=sys.stderr)
             tell(FALLBACK)
         self.build_cuda(target.with_name("_cuda.so"))
@@ -204,9 +205,8 @@ class BuildExt(build_ext):
                 shutil.copy2(built, copy)
         kernels = ROOT / "fusedopt" / "kernels"
         if not kernels.exists():
-            with contextlib.suppress(
-                OSError
-            ):  # only Triton needs it, and editable installs find the kernels without it
+            # Only the Triton backend needs the link, and in editable installs not even that.
+            with contextlib.suppress(OSError):
                 kernels.unlink(missing_ok=True)
                 kernels.symlink_to(Path("..", "kernels"))
 
@@ -315,9 +315,8 @@ class BdistWheel(bdist_wheel):
             has = [Path(build_ext.build_lib, "fusedopt", name).exists() for name in build_ext.files()]
             has_cpp, has_cuda = has[:2]
             missing = ["cpp"] * (not has_cpp) + ["cuda"] * (not has_cuda and sys.platform != "darwin")
-            self.build_number = f"{2 * has_cpp + has_cuda}." + (
-                f"without_{'_and_'.join(missing)}" if missing else "complete"
-            )
+            text = f"without_{'_and_'.join(missing)}" if missing else "complete"
+            self.build_number = f"{2 * has_cpp + has_cuda}.{text}"
 
 
 def check_nvcc():
