@@ -92,4 +92,4 @@ $(VENV)/built: $(VENV)/made $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info fusedopt/*.so runs
+	rm -rf $(VENV) build *.egg-info fusedopt/*.so fusedopt/_cuda.txt fusedopt/kernels runs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import shlex
+import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,17 @@ from fusedopt.rules import RULES
 
 FOLDER = Path(__file__).parent
 INTERFACE = FOLDER / "_C.pyi"
-REMEDY = (
-    "in fusedopt's sources, FUSEDOPT_REQUIRE_CPU=1 pip install --force-reinstall --no-deps --no-cache-dir . "
-    "builds it or says what that lacks"
-)
+
+
+def build_command(variables: str) -> str:
+    """The command that builds a missing part of this package, and where to run it; the variables make a failure an error."""
+    install = f"{variables} {shlex.quote(sys.executable or 'python3')} -m pip install"
+    tree = FOLDER.parent
+    if (tree / "setup.py").exists() and (
+        tree / "csrc"
+    ).exists():  # another install would not change what is imported here
+        return f"`{install} --no-deps --editable {shlex.quote(str(tree))}`"
+    return f"in the folder of fusedopt's sources, `{install} --force-reinstall --no-deps --no-cache-dir .`"
 
 
 def _load() -> tuple[Any, str | None]:
@@ -37,7 +46,7 @@ def _load() -> tuple[Any, str | None]:
         if difference is None:
             return module, None
         reason = f"the C++ extension was built from another version of fusedopt: {difference}"
-    return None, f"{reason} ({REMEDY})"
+    return None, f"{reason} ({build_command('FUSEDOPT_REQUIRE_CPU=1')} builds it, or fails and shows what is missing)"
 
 
 def _difference(module: Any) -> str | None:

@@ -2307,6 +2307,181 @@ MUTANTS = [
             "options |= set()",
             "test_rowwise.py::test_refused_by_name[cpu]",
         ),
+        (
+            "package: the sdist lacks the headers of the CUDA part",
+            "MANIFEST.in",
+            "graft csrc",
+            "recursive-include csrc *.h *.inl *.cpp *.cu",
+            "test_build.py::test_sdist_holds_what_git_tracks",
+        ),
+        (
+            "package: the sdist lacks the tests' helpers",
+            "MANIFEST.in",
+            "graft tests\n",
+            "",
+            "test_build.py::test_sdist_holds_what_git_tracks",
+        ),
+        (
+            "package: the sdist holds what was made in the tree",
+            "MANIFEST.in",
+            " *-quick.json",
+            "",
+            "test_build.py::test_sdist_holds_what_git_tracks",
+        ),
+        (
+            "package: the wheel lacks the Triton kernels",
+            "pyproject.toml",
+            ', "fusedopt.kernels"]',
+            "]",
+            "test_build.py::test_wheel_made_from_the_sdist_has_every_part",
+        ),
+        (
+            "build: in place, the CUDA part stays in the build folder",
+            "setup.py",
+            "for name in self.files():\n            built, copy",
+            "for name in self.files()[:1]:\n            built, copy",
+            "test_build.py::test_source_tree_built_in_place_has_every_part",
+        ),
+        (
+            "build: in place, Triton's kernels are not found",
+            "setup.py",
+            'kernels.symlink_to(Path("..", "kernels"))',
+            "pass",
+            "test_build.py::test_source_tree_built_in_place_has_every_part",
+        ),
+        (
+            "build: an earlier CUDA part stays in the build folder",
+            "setup.py",
+            "for name in self.files():  # those",
+            "for name in self.files()[:1]:  # those",
+            "test_build.py::test_nothing_of_an_earlier_build_survives_one_that_leaves_it_out[build]",
+        ),
+        (
+            "build: an earlier CUDA part stays in the source tree",
+            "setup.py",
+            "copy.unlink(missing_ok=True)  #",
+            "pass  #",
+            "test_build.py::test_nothing_of_an_earlier_build_survives_one_that_leaves_it_out[editable_wheel]",
+        ),
+        (
+            "build: a strict editable install lacks the CUDA part",
+            "setup.py",
+            "name) for name in self.files()]\n        return",
+            "name) for name in self.files()[:1]]\n        return",
+            "test_build.py::test_nothing_of_an_earlier_build_survives_one_that_leaves_it_out[strict]",
+        ),
+        (
+            "build: the terminal is not told",
+            "setup.py",
+            "file.write(message)",
+            "file.write('')",
+            "test_build.py::test_pip_says_what_it_leaves_out[nvcc]",
+        ),
+        (
+            "build: a missing extension is told to pip alone",
+            "setup.py",
+            "tell(FALLBACK)",
+            "print(FALLBACK, file=sys.stderr)",
+            "test_build.py::test_pip_says_what_it_leaves_out[c++]",
+        ),
+        (
+            "build: the wheel's name does not say what is missing",
+            "setup.py",
+            'missing = ["cpp"]',
+            'missing = [] and ["cpp"]',
+            "test_build.py::test_pip_says_what_it_leaves_out[c++]",
+        ),
+        (
+            "build: without a compiler for C++ there is no CUDA part",
+            "setup.py",
+            "            tell(FALLBACK)\n",
+            "            tell(FALLBACK)\n            return\n",
+            "test_build.py::test_nothing_of_an_earlier_build_survives_one_that_leaves_it_out[build]",
+        ),
+        (
+            "build: what was left out on purpose is reported",
+            "setup.py",
+            'outcome = "not built: FUSEDOPT_BUILD_CUDA=0 was set"',
+            'outcome = problem = "not built: FUSEDOPT_BUILD_CUDA=0 was set"',
+            "test_build.py::test_left_out_on_purpose_is_not_reported",
+        ),
+        (
+            "build: nvcc's last line is taken for the reason",
+            "setup.py",
+            "[*errors, *lines[-1:]",
+            "[*lines[-1:]",
+            "test_build.py::test_first_error_of_nvcc_is_the_reason",
+        ),
+        (
+            "build: nvcc is looked for on PATH only",
+            "setup.py",
+            'search += [f"{home}/bin" for home in TOOLKITS]',
+            "pass",
+            "test_build.py::test_nvcc_is_found_where_toolkits_are_installed[False]",
+        ),
+        (
+            "build: another toolkit than the one that was named",
+            "setup.py",
+            "if not homes:",
+            "if True:",
+            "test_build.py::test_nvcc_is_found_where_toolkits_are_installed[True]",
+        ),
+        (
+            "doctor: a source tree is not told from an installed package",
+            "fusedopt/extension.py",
+            '(tree / "setup.py").exists()',
+            "False",
+            "test_build.py::test_printed_commands_build_what_is_missing[True]",
+        ),
+        (
+            "doctor: an installed package stays what it was",
+            "fusedopt/extension.py",
+            " --force-reinstall --no-deps --no-cache-dir .`",
+            " --no-deps --editable .`",
+            "test_build.py::test_printed_commands_build_what_is_missing[False]",
+        ),
+        (
+            "doctor: why the CUDA part was not built is not read",
+            "fusedopt/backends/cuda.py",
+            'return " ".join(RECORD.read_text().split())',
+            'return ""',
+            "test_build.py::test_reason_for_a_missing_cuda_part_is_what_the_build_wrote_down",
+        ),
+        (
+            "doctor: nvcc is recommended for AMD's GPUs",
+            "fusedopt/backends/cuda.py",
+            "torch.version.hip is not None",
+            "False",
+            "test_build.py::test_no_command_is_printed_where_none_helps",
+        ),
+        (
+            "doctor: a lost CUDA part is said to be built",
+            "fusedopt/backends/cuda.py",
+            'if record.startswith("built "):',
+            "if False:",
+            "test_build.py::test_reason_for_a_missing_cuda_part_is_what_the_build_wrote_down",
+        ),
+        (
+            "doctor: hidden GPUs are looked for in the driver",
+            "fusedopt/backends/cuda.py",
+            "visible is not None and (",
+            "False and (",
+            "test_build.py::test_what_helps_where_cuda_sees_no_gpu",
+        ),
+        (
+            "doctor: CUDA's version is misread",
+            "fusedopt/backends/cuda.py",
+            "version.value % 1000 // 10",
+            "version.value % 100",
+            "test_build.py::test_what_helps_where_cuda_sees_no_gpu",
+        ),
+        (
+            "doctor: builds for one of several GPUs",
+            "fusedopt/backends/cuda.py",
+            "for other in range(torch.cuda.device_count())",
+            "for other in [index]",
+            "test_build.py::test_command_for_another_gpu_names_it",
+        ),
     ]
 ]
 
@@ -2345,21 +2520,22 @@ def run(folder: Path, *command: str) -> str:
     return result.stdout
 
 
+def project_files(others: bool = True) -> list[str]:
+    """The files that git tracks, and the others that it would add."""
+    options = ["--cached", *(["--others", "--exclude-standard"] if others else [])]
+    listed = subprocess.run(["git", "ls-files", "-z", *options], cwd=ROOT, capture_output=True, check=True, text=True)
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
 def make_copy(folder: Path) -> None:
-    """The files that git tracks or would add, as they are now."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    # Where the installed package has them; else the import would find those of the project itself.
-    (folder / "fusedopt/kernels").symlink_to("../kernels")
+    """The project's files as they are now, in a checkout of their own: there are tests that ask git."""
+    for name in project_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    # In a hook, git's variables name the repository that the hook belongs to.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    for command in (["init", "--quiet"], ["add", "--all"]):
+        subprocess.run(["git", *command], cwd=folder, env=environment, check=True)
 
 
 def build(folder: Path) -> list[list[str]]:

@@ -1,25 +1,47 @@
-"""The build's switches, and the choice of instruction set at run time."""
+"""The build's switches, what is packaged and what a build says; and the choice of instruction set at run time."""
 
+import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
+import mutants
 import pytest
 import torch
 from cases import CASES, DTYPES, can_mix_dtypes, random_grads, random_params, set_grad
 
-from fusedopt import _C, extension
+import fusedopt
+from fusedopt import _C, backends, extension
 from fusedopt.backends import cuda
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(*command, **environment):
+EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def run(*command, cwd=ROOT, **environment):
+    """Runs a command apart from the terminal in which the tests run, which would be told what a build leaves out."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("FUSEDOPT_", "CUDA_"))}
-    return subprocess.run(command, cwd=ROOT, env={**env, **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=cwd, env={**env, **environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def copy_project(folder):
+    """Copies the sources, without what was built from them."""
+    built = (".*", "build", "dist", "*.so", "_cuda.txt", "*.egg-info", "__pycache__", "runs", "results")
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(*built))
+    (folder / "fusedopt/kernels").unlink(missing_ok=True)  # a link, where the project was built in place
+    return folder
 
 
 def build_wheel(folder, **environment):
@@ -123,6 +145,9 @@ def test_broken_nvcc_costs_the_cuda_part_only_unless_it_is_demanded(tmp_path, fa
         assert "nvcc could not build the CUDA part" in said and "Traceback" not in said
         assert not list(tmp_path.rglob("_cuda.so"))
     assert list((tmp_path / "auto").rglob("_C.*.so"))
+    record = (tmp_path / "auto/fusedopt/_cuda.txt").read_text()
+    assert record.startswith("not built: nvcc could not build the CUDA part: ")
+    assert record.split(": ", 1)[1].strip() in said, "the reason, in one line"
 
 
 def test_working_nvcc_builds_the_cuda_part(tmp_path, fake):
@@ -188,6 +213,345 @@ def test_installed_cuda_part_is_of_this_version():
         pytest.skip("the CUDA part was not built")
     found = run(sys.executable, "-c", "from fusedopt.backends import cuda; print(cuda.found())").stdout
     assert found.startswith("built and loads")
+
+
+# ---- the sdist -----------------------------------------------------------------------------------------------------
+
+is_checkout = pytest.mark.skipif(
+    not (ROOT / ".git").exists(), reason="git does not know this tree, e.g. an unpacked sdist"
+)
+# Run where a wheel is unpacked or a tree built in place. The editable install that the tests run in must not help out.
+REPORT = """
+import importlib.util, json, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+import fusedopt
+from fusedopt import extension
+from fusedopt.backends import cuda
+kernels = importlib.util.find_spec("fusedopt.kernels")
+print(json.dumps([fusedopt.__file__, kernels and kernels.origin, extension.problem, cuda.found()]))
+"""
+
+
+def report(folder):
+    """(why the C++ extension cannot be used, what the CUDA part says, where the Triton kernels are) of the package there."""
+    result = run(sys.executable, "-c", REPORT, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    package, kernels, problem, cuda_part = json.loads(result.stdout)
+    assert Path(package).is_relative_to(folder)
+    return problem, cuda_part, kernels
+
+
+def build_by(hook, sources, target, **environment):
+    """Calls the build backend in a folder with sources, as pip does without build isolation."""
+    script = f"import setuptools.build_meta as backend; backend.{hook}({str(target)!r})"
+    result = run(sys.executable, "-c", script, cwd=sources, **environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    (package,) = target.glob("fusedopt-*")
+    return package
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """Built in a copy in which there is everything that must not be in it."""
+    folder = tmp_path_factory.mktemp("sdist")
+    mutants.make_copy(folder / "copy")
+    for name in (
+        "fusedopt/_cuda.so", "fusedopt/_cuda.txt", f"fusedopt/{EXTENSION}", "tests/__pycache__/cases.cpython-311.pyc",
+        "bench/results/cpu-quick.json", "build/cuda_on_host_0.so", "runs/gpu/gpu.json",
+    ):  # fmt: skip
+        (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "copy" / name).touch()
+    (folder / "copy/fusedopt/kernels").symlink_to("../kernels")
+    return build_by("build_sdist", folder / "copy", folder)
+
+
+@is_checkout
+@pytest.mark.xdist_group("sdist")
+def test_sdist_holds_what_git_tracks(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive if not member.isdir()}
+    made = {name for name in names if name in ("PKG-INFO", "setup.cfg") or name.startswith("fusedopt.egg-info/")}
+    assert set(mutants.project_files(others=False)) - names == set()
+    assert names - made - set(mutants.project_files()) == set()
+
+
+def has_nvcc():
+    """Whether setup.py finds it."""
+    script = "import setuptools; setuptools.setup = lambda **kwargs: None; import setup; print(setup.find_nvcc())"
+    return run(sys.executable, "-c", script).stdout.strip() != "None"
+
+
+# Stands in for nvcc: needs the same sources, and compiles them for the host as the tests' emulator does.
+NVCC_ON_HOST = """#!/bin/sh
+case "$*" in
+  *--list-gpu-arch*) echo compute_90 ;;
+  *--version*) echo "release 0.0" ;;
+  *)
+    while [ "$1" != -o ]; do shift; done
+    target=$2; shift 2
+    exec c++ -std=c++17 -O0 -fPIC -shared -w -Itests/simt -x c++ "$@" tests/simt/simt.cpp -o "$target" ;;
+esac
+"""
+
+
+@is_checkout
+@pytest.mark.xdist_group("sdist")
+def test_wheel_made_from_the_sdist_has_every_part(sdist, tmp_path):
+    shutil.unpack_archive(sdist, tmp_path)
+    (sources,) = tmp_path.glob("fusedopt-*")
+    environment = {"FUSEDOPT_REQUIRE_CPU": "1", "FUSEDOPT_BUILD_CUDA": "1", "FUSEDOPT_CUDA_ARCHS": "9.0"}
+    if not has_nvcc():
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin/nvcc").write_text(NVCC_ON_HOST)
+        (tmp_path / "bin/nvcc").chmod(0o755)
+        environment["CUDA_HOME"] = str(tmp_path)
+    wheel = build_by("build_wheel", sources, tmp_path / "dist", **environment)
+    assert wheel.name.startswith(f"fusedopt-{fusedopt.__version__}-3.complete-")
+    modules = [name for name in mutants.project_files() if re.match(r"(fusedopt|kernels)/.*\.(py|pyi|typed)$", name)]
+    expected = {re.sub("^kernels/", "fusedopt/kernels/", name) for name in modules}
+    expected |= {f"fusedopt/{name}" for name in (EXTENSION, "_cuda.so", "_cuda.txt")}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == expected
+
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    problem, cuda_part, kernels = report(tmp_path / "installed")
+    assert kernels == str(tmp_path / "installed/fusedopt/kernels/__init__.py")
+    assert problem is None
+    assert cuda_part.startswith("built and loads")
+    if has_nvcc():
+        assert cuda_part.startswith("built and loads (for GPUs of compute capability 9.0 by nvcc ")
+
+
+# ---- in place ------------------------------------------------------------------------------------------------------
+
+
+def built_files(package):
+    return sorted(path.name for path in package.iterdir() if path.name.startswith(("_C.cpython", "_cuda.")))
+
+
+def test_source_tree_built_in_place_has_every_part(tmp_path, fake):
+    compiler = fake("c++")
+    fake("nvcc", says=NVCC_LIST)
+    copy = copy_project(tmp_path / "copy")
+    environment = dict(CC=compiler, CXX=compiler, CUDA_HOME=str(tmp_path))
+    for choice, cuda_files in (("1", ["_cuda.so", "_cuda.txt"]), ("0", ["_cuda.txt"])):
+        result = run(
+            sys.executable, "setup.py", "build_ext", "--inplace", cwd=copy, FUSEDOPT_BUILD_CUDA=choice, **environment
+        )
+        assert result.returncode == 0, result.stderr
+        assert built_files(copy / "fusedopt") == [EXTENSION, *cuda_files]
+    problem, cuda_part, kernels = report(copy)
+    assert kernels == str(copy / "fusedopt/kernels/__init__.py")
+    assert "does not load" in problem, "the fake compiler's file was found"
+    assert cuda_part.startswith("not built: FUSEDOPT_BUILD_CUDA=0 was set (`FUSEDOPT_BUILD_CUDA=1 ")
+    # And a wheel has what was built for it, not what lies in the tree.
+    wheel = build_by("build_wheel", copy, tmp_path / "dist", FUSEDOPT_BUILD_CUDA="1", **environment)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fusedopt/_cuda.so", "fusedopt/kernels/engine.py"} <= {*names} and len(names) == len({*names})
+
+
+@pytest.mark.parametrize("way", ["build", "editable_wheel", "strict"])
+def test_nothing_of_an_earlier_build_survives_one_that_leaves_it_out(tmp_path, fake, way):
+    """A strict editable install makes a folder of links to what was built, without which it would find nothing."""
+    copy = copy_project(tmp_path / "copy")
+    fake("nvcc", says=NVCC_LIST)
+    command = {"build": ["build", "--build-lib", "lib"], "strict": ["editable_wheel", "--mode=strict"]}.get(way, [way])
+    package = {"build": copy / "lib/fusedopt", "editable_wheel": copy / "fusedopt"}
+    for compiler, choice, expected in (
+        (fake("c++"), "1", [EXTENSION, "_cuda.so", "_cuda.txt"]),
+        ("false", "1", ["_cuda.so", "_cuda.txt"]),
+        ("false", "0", ["_cuda.txt"]),
+    ):
+        result = run(
+            sys.executable, "setup.py", *command, cwd=copy,
+            CC=compiler, CXX=compiler, CUDA_HOME=str(tmp_path), FUSEDOPT_BUILD_CUDA=choice,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        folders = [package[way]] if way in package else [*copy.glob("build/__editable__*/fusedopt")]
+        assert [built_files(folder) for folder in folders] == [expected]
+
+
+# ---- what a build and an install say -------------------------------------------------------------------------------
+
+
+IN_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+
+@pytest.mark.parametrize(
+    "broken, says, tag",
+    [
+        (
+            "nvcc",
+            "Installing WITHOUT the CUDA kernels: nvcc could not build the CUDA part: nvcc gives up",
+            "2.without_cuda",
+        ),
+        ("c++", "the C++ extension could not be built. Installing WITHOUT it", "1.without_cpp"),
+    ],
+    ids=["nvcc", "c++"],
+)
+def test_pip_says_what_it_leaves_out(tmp_path, fake, broken, says, tag):
+    """Without -v: on the terminal, and where there is none at least in the name of the wheel."""
+    compiler = fake("c++", "true" if broken == "c++" else "false")
+    fake("nvcc", has("-shared") if broken == "nvcc" else "false", says=NVCC_LIST)
+    copy = copy_project(tmp_path / "copy")
+    install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", str(copy), "--target"]
+    environment = dict(CC=compiler, CXX=compiler, CUDA_HOME=str(tmp_path))
+    with_terminal = run(
+        sys.executable, "-c", IN_TERMINAL, *install, str(tmp_path / "a"), cwd=tmp_path, COLUMNS="999", **environment
+    )
+    without = run(*install, str(tmp_path / "b"), cwd=tmp_path, **environment)
+    for result in (with_terminal, without):
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert f"filename=fusedopt-{fusedopt.__version__}-{tag}-cp" in result.stdout
+    assert says in with_terminal.stdout
+    assert says not in without.stdout + without.stderr, "pip hides it: else the terminal need not be told"
+
+
+def test_left_out_on_purpose_is_not_reported(tmp_path, fake):
+    compiler = fake("c++")
+    result, wheels = build_wheel(tmp_path / "wheel", CC=compiler, CXX=compiler, FUSEDOPT_BUILD_CUDA="0")
+    assert "WITHOUT" not in result.stdout + result.stderr and "2.without_cuda" in wheels[0].name
+
+
+def test_first_error_of_nvcc_is_the_reason(tmp_path, fake):
+    """Later ones follow from it, and the last line often only counts them."""
+    said = "ptxas info: 0 bytes\\nx.cu(1): error: cause\\nx.cu(2): error: effect\\n2 errors detected\\n"
+    fake("nvcc", f"printf '{said}' && false || {has('-shared')}", says=NVCC_LIST)
+    script = (
+        "import setuptools; setuptools.setup = lambda **kwargs: None; import setup; setup.run_nvcc('%s', '-shared')"
+    )
+    result = run(sys.executable, "-c", script % (tmp_path / "bin/nvcc"))
+    assert result.stderr.strip().endswith("ValueError: x.cu(1): error: cause")
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_nvcc_is_found_where_toolkits_are_installed(tmp_path, fake, is_named):
+    """Although it is not on PATH; but who names a toolkit does not get another one."""
+    nvcc = fake("nvcc")
+    script = (
+        "import setuptools; setuptools.setup = lambda **kwargs: None; import setup; "
+        "assert '/usr/local/cuda' in setup.TOOLKITS; setup.TOOLKITS = ['%s']; print(setup.find_nvcc())"
+    )
+    named = {"CUDA_HOME": str(tmp_path / "other")} if is_named else {}
+    result = run(sys.executable, "-c", script % tmp_path, PATH=str(tmp_path), **named)
+    assert result.stdout.strip() == ("None" if is_named else nvcc), result.stderr
+
+
+@pytest.mark.parametrize("is_source_tree", [True, False])
+def test_printed_commands_build_what_is_missing(tmp_path, fake, is_source_tree):
+    """Those of the C++ extension and of the CUDA part, run as they are; here nothing may be downloaded or really installed."""
+    compiler = fake("c++")
+    fake("nvcc", says=NVCC_LIST)
+    copy = copy_project(tmp_path / "copy")
+    package = copy
+    if not is_source_tree:
+        package = tmp_path / "installed"
+        _, (wheel,) = build_wheel(tmp_path / "wheel", CC="false", CXX="false")
+        shutil.unpack_archive(wheel, package, "zip")
+    problem, cuda_part, _ = report(package)
+    assert "was not built (" in problem and "not built" in cuda_part
+    for said, file in ((problem, EXTENSION), (cuda_part, "_cuda.so")):
+        assert ("in the folder of fusedopt's sources" in said) != is_source_tree
+        (command,) = re.findall(r"`(.*?)`", said)
+        for name in built_files(package / "fusedopt"):  # each command builds both
+            (package / "fusedopt" / name).unlink()
+        result = run(
+            "sh", "-c", command, cwd=tmp_path if is_source_tree else copy, CC=compiler, CXX=compiler,
+            CUDA_HOME=str(tmp_path), PIP_NO_BUILD_ISOLATION="0", PIP_UPGRADE="1",
+            PIP_TARGET=str(tmp_path / "target" if is_source_tree else package),
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert file in built_files(package / "fusedopt")
+    problem, cuda_part, _ = report(package)
+    assert "does not load" in problem and "does not load" in cuda_part, "the fake compilers' files are found"
+    assert f"`{command}` builds it anew" in cuda_part
+
+
+BUILT_BEFORE = "built for GPUs of compute capability 7.5 by nvcc 12.4 (/usr/bin/nvcc)"
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        (None, "not built (`FUSEDOPT_BUILD_CUDA=1 "),
+        ("not built: nvcc was not found: ...", "not built: nvcc was not found: ... (`FUSEDOPT_BUILD_CUDA=1 "),
+        (BUILT_BEFORE, "not built: _cuda.so is missing (`FUSEDOPT_BUILD_CUDA=1 "),
+    ],
+)
+def test_reason_for_a_missing_cuda_part_is_what_the_build_wrote_down(tmp_path, monkeypatch, record, expected):
+    """In doctor's line, in the error of backend="cuda", and in the warning that a GPU is served by a slow backend."""
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
+    monkeypatch.setattr(cuda, "RECORD", tmp_path / "_cuda.txt")
+    if record is not None:
+        cuda.RECORD.write_text(record + "\n")
+    cuda._load.cache_clear()
+    backends.warn_of_fallback.cache_clear()
+    try:
+        assert cuda.found().startswith(expected)
+        with pytest.raises(RuntimeError, match=re.escape(f"backend='cuda' cannot be used: {cuda.found()}")):
+            backends.resolve("cuda")
+        monkeypatch.setattr(backends.triton, "unavailable", lambda where=None: "no Triton")
+        with pytest.warns(UserWarning, match=re.escape(f"not 'cuda': {cuda.found()}")):
+            backends.warn_of_fallback("cuda")
+    finally:
+        cuda._load.cache_clear()
+        backends.warn_of_fallback.cache_clear()
+
+
+def test_no_command_is_printed_where_none_helps(tmp_path, monkeypatch):
+    """There is no nvcc for macOS, and none that compiles for AMD's GPUs."""
+    monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
+    for owner, name, value, expected in (
+        (torch.version, "hip", "7.0", "this torch is one for AMD GPUs"),
+        (sys, "platform", "darwin", "there is no CUDA for macOS"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert expected in cuda._why_not_built() and "`" not in cuda._why_not_built()
+
+
+@pytest.mark.parametrize(
+    "code, visible, expected",
+    [
+        (None, None, "libcuda.so.1 was not found: install the driver"),
+        ("*version = 12040; return 0;", None, "the driver supports CUDA 12.4 and older"),
+        ("return 34;", None, "is not that of a working NVIDIA driver"),
+        ("*version = 12040; return 0;", "", "CUDA_VISIBLE_DEVICES='' hides all GPUs: unset it"),
+        ("*version = 12040; return 0;", "-1", "CUDA_VISIBLE_DEVICES='-1' hides all GPUs: unset it"),
+        ("*version = 12040; return 0;", "GPU-5f", "the driver supports CUDA 12.4 and older"),
+    ],
+)
+def test_what_helps_where_cuda_sees_no_gpu(tmp_path, monkeypatch, code, visible, expected):
+    monkeypatch.setattr(cuda, "DRIVER", str(tmp_path / "libcuda.so.1"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if code is not None:
+        source = f'extern "C" int cuDriverGetVersion(int* version) {{ {code} }}'
+        compile_ = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", "-x", "c++", "-", "-o", cuda.DRIVER]
+        subprocess.run(compile_, input=source, text=True, check=True)
+    assert expected in cuda._what_helps_to_see_a_gpu()
+
+
+def test_command_for_another_gpu_names_it(tmp_path, monkeypatch):
+    class Library:
+        def count(self, *arguments):
+            raise RuntimeError("CUDA: cudaLaunchKernel: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(cuda, "RECORD", tmp_path / "_cuda.txt")
+    cuda.RECORD.write_text(BUILT_BEFORE)
+    monkeypatch.setattr(cuda, "_load", lambda: (Library(), "built and loads"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(12, 0), (8, 9), (12, 0)][index])
+    cuda._problem_on.cache_clear()
+    try:
+        said = cuda._problem_on(0)
+    finally:
+        cuda._problem_on.cache_clear()
+    assert BUILT_BEFORE in said and "`FUSEDOPT_CUDA_ARCHS='8.9;12.0' FUSEDOPT_BUILD_CUDA=1 " in said
+
+
+# ---- instruction sets ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("isa", _C.available_isas())

@@ -4,13 +4,13 @@ import doctest
 import importlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from mutants import MUTANTS
+from test_build import copy_project
 
 import fusedopt
 from fusedopt.rules import RULES
@@ -82,11 +82,7 @@ def test_list_of_mutants_follows_the_code():
 
 def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
     """Applies CONTRIBUTING.md to a copy of the project, builds it there, and runs the new rule's tests."""
-    copy = tmp_path / "copy"
-    shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "*.so", "runs", "results", "*.egg-info", "__pycache__")
-    )
-    (copy / "fusedopt/kernels").symlink_to("../kernels")  # else those of the project that is installed would be found
+    copy = copy_project(tmp_path / "copy")
     page = (ROOT / "CONTRIBUTING.md").read_text()
     steps = re.findall(
         r"^<!-- (new file|insert into) (\S+)(?: before: (.*?))? -->\n```\w+\n(.*?)^```", page, re.M | re.S

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import shlex
+import sys
 from collections.abc import Hashable
 from ctypes import POINTER, c_char_p, c_int32, c_void_p
 from pathlib import Path
@@ -16,12 +19,15 @@ import torch
 
 from fusedopt.backends import device
 from fusedopt.backends.reference import as_real
+from fusedopt.extension import build_command
 from fusedopt.rules import RULES
 
 if TYPE_CHECKING:
     from fusedopt.plan import Entry
 
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
+RECORD = LIBRARY.with_suffix(".txt")  # what setup.py wrote: "built for ... by ...", or "not built: " and why
+DRIVER = "libcuda.so.1"
 SCALARS_ON_DEVICE = True
 
 
@@ -91,18 +97,63 @@ class Library:
 def _load() -> tuple[Library | None, str]:
     """(the library, or None where it cannot be used; what was found)."""
     if not LIBRARY.exists():
-        return None, "not built (FUSEDOPT_BUILD_CUDA=1 with nvcc builds it)"
+        return None, _why_not_built()
+    build = f"{build_command('FUSEDOPT_BUILD_CUDA=1')} builds it anew"
     try:
         library = Library(LIBRARY)
     except OSError as error:
-        return None, f"built, but does not load: {error}"
+        return None, f"built, but does not load: {error} ({build})"
     except (RuntimeError, AttributeError, KeyError, ValueError) as error:
-        return None, f"built from another version of fusedopt ({error}); install fusedopt again"
+        return None, f"built from another version of fusedopt: {error} ({build})"
+    has_record = _record().startswith("built ") and not library.is_on_host
+    text = f"built and loads ({_record().removeprefix('built ')})" if has_record else "built and loads"
     try:
         count = library.count("num_devices")
     except RuntimeError as error:
-        return None, f"built and loads, but {error}"
-    return (library, "built and loads") if count else (None, "built and loads, but CUDA has no device")
+        return None, f"{text}, but {error} ({_what_helps_to_see_a_gpu()})"
+    return (library, text) if count else (None, f"{text}, but CUDA has no device ({_what_helps_to_see_a_gpu()})")
+
+
+def _record() -> str:
+    """What setup.py wrote about the build; empty if it wrote nothing."""
+    try:
+        return " ".join(RECORD.read_text().split())
+    except OSError:
+        return ""
+
+
+def _why_not_built() -> str:
+    """The reason, and what to do."""
+    if sys.platform == "darwin":
+        return "not built: there is no CUDA for macOS"
+    if torch.version.hip is not None:
+        return "not built: it serves NVIDIA GPUs, and this torch is one for AMD GPUs, which the backend 'triton' serves"
+    record = _record() or "not built"
+    if record.startswith("built "):
+        record = f"not built: {LIBRARY.name} is missing"
+    return f"{record} ({build_command('FUSEDOPT_BUILD_CUDA=1')} builds it, or fails and shows what is missing)"
+
+
+def _what_helps_to_see_a_gpu() -> str:
+    """What to do where CUDA finds no device, or does not work at all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and (not visible.strip() or visible.strip().startswith("-")):
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs: unset it"
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return (
+            f"the NVIDIA driver's {DRIVER} was not found: install the driver; "
+            "a container must be started with access to the GPU, as with `docker run --gpus all`"
+        )
+    version = c_int32()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0 or not version.value:
+        return f"{DRIVER} is not that of a working NVIDIA driver: `nvidia-smi` must list a GPU"
+    newest = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return (
+        f"`nvidia-smi` must list a GPU; the driver supports CUDA {newest} and older, so if nvcc was newer, update the driver, "
+        f"or set CUDA_HOME to a toolkit of CUDA {newest} or older, and {build_command('FUSEDOPT_BUILD_CUDA=1')} uses it"
+    )
 
 
 def found() -> str:
@@ -126,7 +177,11 @@ def _problem_on(index: int) -> str | None:
     try:
         _load()[0].count("num_blocks", -1, 0, index)
     except RuntimeError as error:
-        return f"{error}; FUSEDOPT_CUDA_ARCHS names the generations to build for"
+        capabilities = {torch.cuda.get_device_capability(other) for other in range(torch.cuda.device_count())}
+        archs = ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
+        build = build_command(f"FUSEDOPT_CUDA_ARCHS={shlex.quote(archs)} FUSEDOPT_BUILD_CUDA=1")
+        build = f"if not for this GPU, {build} builds it for the GPUs of this machine"
+        return f"{error}; the CUDA part was {_record() or 'built'}; {build}"
     return None
 
 
