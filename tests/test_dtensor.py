@@ -41,7 +41,9 @@ if __name__ == "__main__":
         set_state_dict,
     )  # fmt: skip
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -313,6 +315,43 @@ def all_processes_skip_what_one_of_them_was_told(rank):
                 optimizer.found_inf = torch.tensor(told if rank == 1 else 0.0)
                 optimizer.step()
             assert int(optimizer.skipped_steps) == 1 and float(optimizer.state[param]["step"]) == 1
+
+
+@check
+def shards_of_fsdp1_skip_together_or_the_step_refuses_to_unscale(rank):
+    """ShardedGradScaler agrees on infinities when it unscales. A step that unscales would see those of its own shard alone."""
+    for fused in (None, True):
+        for use_orig_params in (False, True):
+            model = FSDP(Model(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+            optimizer = fusedopt.AdamW(model.parameters(), lr=0.01, fused=fused)
+            scaler = ShardedGradScaler(device="cpu", init_scale=8.0)
+            for step in range(3):
+                optimizer.zero_grad()
+                scaler.scale(model(randn((8, 5), seed=step)).square().sum()).backward()
+                for param in model.parameters():
+                    if step == 1 and rank == 0 and param.grad is not None and param.grad.numel():
+                        param.grad.view(-1)[0] = math.inf
+                if fused:
+                    before = [param.detach().clone() for param in model.parameters()]
+                    with pytest.raises(RuntimeError, match=r"is a shard of FSDP1, .*: leave out fused=True"):
+                        scaler.step(optimizer)
+                    assert all(map(same_bits, before, (param.detach() for param in model.parameters())))
+                    break
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                assert scaler.get_scale() == 4.0
+                assert {float(state["step"]) for state in optimizer.state.values()} <= {2.0}
+    model = FSDP(Model(), device_id=torch.device("cpu"))
+    optimizer = fusedopt.AdamW(model.parameters(), lr=0.01, fused=True)
+    scaler = ShardedGradScaler(device="cpu", init_scale=8.0)
+    scaler.scale(model(randn((8, 5))).square().sum()).backward()
+    if rank == 0:
+        next(model.parameters()).grad[0] = math.inf
+    scaler.unscale_(optimizer)  # before the step: then all know
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0 and optimizer.skipped_steps == 1 and not optimizer.state
 
 
 @check

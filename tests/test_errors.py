@@ -1209,6 +1209,15 @@ def second_thread(optimizer, param):
     return step
 
 
+def without_first_moments(checkpoint):
+    for state in checkpoint["state"].values():
+        del state["exp_avg"]
+
+
+def keyed_by_strings(checkpoint):
+    checkpoint["state"] = {str(key): value for key, value in checkpoint["state"].items()}
+
+
 constructed("no parameters: an empty list", lambda: fusedopt.AdamW([]))
 constructed("a generator that is used up", lambda: fusedopt.AdamW(param for param in []))
 constructed("a tensor in place of a list", lambda: fusedopt.AdamW(torch.nn.Parameter(randn((3,)))))
@@ -1230,11 +1239,20 @@ constructed("`lr` in a tensor of two", adamw(lr=torch.tensor([0.1, 0.2])))
 constructed("`lr` beyond every float", adamw(lr=10**400))
 constructed("a beta of 1", adamw(betas=(0.9, 1.0)))
 constructed("one beta", adamw(betas=(0.9,)))
+constructed("betas in a string", adamw(betas="0.9"))
+constructed("betas without an order", adamw(betas={0.9, 0.95}))
+constructed("`decoupled_weight_decay=False` for AdamW", adamw(decoupled_weight_decay=False))
 constructed("a beta in a tensor of two", adamw(betas=(torch.tensor([0.9, 0.8]), 0.9)))
 constructed("a switch in words", adamw(maximize="no"))
 constructed("`differentiable=True`", adamw(differentiable=True))
 constructed("`max_grad_norm=True`", adamw(max_grad_norm=True))
 constructed("`max_grad_norm` negative", adamw(max_grad_norm=-1.0))
+constructed("`max_grad_norm` of zero", adamw(max_grad_norm=0))
+constructed(
+    "`max_grad_norm` in a group",
+    lambda: fusedopt.AdamW([{"params": make_params(SHAPES), "max_grad_norm": 1.0}]),
+)
+option_set("`nonfinite` put into a group later", nonfinite="skip")
 constructed("unknown `nonfinite`", adamw(nonfinite="ignore"))
 constructed("unknown `backend`", adamw(backend="cudnn"))
 constructed("`backend` in a list", adamw(backend=["cpu"]))
@@ -1284,6 +1302,7 @@ state_set("state that is another's", "exp_avg", lambda o, param: o.state[param][
 state_set("a step count of NaN", "step", lambda o, param: torch.tensor(math.nan))
 state_set("a step count of infinity", "step", lambda o, param: torch.tensor(math.inf))
 state_set("a step count in words", "step", lambda o, param: "three")
+state_set("a step count that is another parameter's", "step", lambda o, param: one_count(o, torch.tensor(3)))
 state_set("a step count for each element", "step", lambda o, param: torch.ones(2))
 damaged("`grad_scale` of zero", lambda o, param: setattr(o, "grad_scale", torch.tensor(0.0)))
 damaged("`grad_scale` of NaN", lambda o, param: setattr(o, "grad_scale", torch.tensor(math.nan)))
@@ -1302,6 +1321,13 @@ saved_state("a checkpoint of other shapes", exp_avg=torch.ones(2))
 saved_state("a checkpoint with integer states", exp_avg=torch.ones(13, 7, dtype=torch.int64))
 saved_state("a checkpoint with a step of NaN", step=torch.tensor(math.nan))
 saved_state("a checkpoint of another class", momentum_buffer=torch.ones(13, 7))
+saved_state("a checkpoint of bitsandbytes", state1=torch.ones(13, 7))
+loaded("a checkpoint without first moments", without_first_moments)
+loaded("a checkpoint whose parameters are strings", keyed_by_strings)
+loaded(
+    "a checkpoint with other names in another order",
+    lambda checkpoint: checkpoint["param_groups"][0].update(param_names=["stem.bias", "tail.bias"]),
+)
 bad_input("clip to a negative norm")(lambda o, param: lambda: o.clip_grad_norm_(-1.0))
 bad_input("clip to NaN")(lambda o, param: lambda: o.clip_grad_norm_(math.nan))
 bad_input("clip of no optimizer")(lambda o, param: lambda: fusedopt.clip_grad_norm_([], 1.0))
@@ -1312,6 +1338,13 @@ bad_input("clip with a parameter in two optimizers")(
 )
 bad_input("a parameter in two groups")(lambda o, param: lambda: o.add_param_group({"params": [("again", param)]}))
 bad_input("a step from a second thread")(second_thread)
+
+
+def one_count(optimizer, count):
+    """A count in another form, also given to a parameter of the first group."""
+    first = optimizer.param_groups[0]["params"][0]
+    optimizer.state[first]["step"] = count
+    return count
 
 
 def integer_parameter(param):

@@ -28,8 +28,8 @@ def pyright(folder):
         [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable, "--outputjson", "-p", str(folder)],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert run.stdout.startswith("{"), run.stdout + run.stderr
-    found = json.loads(run.stdout)["generalDiagnostics"]
+    assert "{" in run.stdout, run.stdout + run.stderr
+    found = json.loads(run.stdout[run.stdout.index("{") :])["generalDiagnostics"]
     return {
         (Path(one["file"]).name, one["range"]["start"]["line"] + 1): one["message"]
         for one in found
