@@ -2779,8 +2779,8 @@ MUTANTS = [
         (
             "stall: warned of again",
             "fusedopt/stalls.py",
-            "self.next_look, self.samples = math.inf, {}",
-            "self.samples = {}",
+            "self.next_look, self.samples = math.inf, {}  # it has been said",
+            "pass",
             "test_drop_in.py::test_parameter_whose_updates_round_to_nothing_is_named_once[cpu-AdamW-torch.bfloat16-0.0001]",
         ),
         (

@@ -168,7 +168,7 @@ def test_betas_may_be_any_sequence(spec, make):
     train(optimizer, params, 1, 2)
     train(plain, plain_params, 1, 2)
     assert_same_bits(params, plain_params)
-    for wrong in ("0.9", {0.9: 1, 0.99: 2}, {0.9, 0.99, 0.5}, make(betas[:1]), None, 0.9):
+    for wrong in ("0.9", "0" * len(betas), {0.9: 1, 0.99: 2}, {0.9, 0.99, 0.5}, make(betas[:1]), None, 0.9):
         with pytest.raises(ValueError, match=f"betas must be {len(betas)} numbers"):
             spec.make(make_params(), betas=wrong)
 
