@@ -73,7 +73,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             whole["sparse"] = sparse
         super().__init__(params, {**defaults, **changed, **whole})
         self._take_over_options(params)
-        _ALL.add(self)
+        _remember(self)
         if self.defaults.get("fused"):
             # Tells torch.amp.GradScaler that step() takes grad_scale and found_inf from attributes which the scaler sets.
             self._step_supports_amp_scaling = True
@@ -91,8 +91,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         Some wrappers build an optimizer again from its class and its `param_groups` alone, Horovod's for one.
         """
         groups = {id(group) for group in params if isinstance(group, dict)} if isinstance(params, list) else set()
-        for other in [*_ALL] if groups else ():
-            if other is self or groups.isdisjoint(map(id, other.param_groups)):
+        for known in [*_ALIVE.values()] if groups else ():
+            other = known()
+            if other is None or other is self or groups.isdisjoint(map(id, other.param_groups)):
                 continue
             taken = {
                 name: other.defaults[name]
@@ -316,7 +317,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self._group_defaults().items():
                 group.setdefault(name, value)
-        _ALL.add(self)
+        _remember(self)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch. Where every step clips, one more entry says so, for `load_state_dict` to compare: ``"fusedopt"``."""
@@ -362,8 +363,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         read_options(self.rule, group)
 
 
-# Alive: who is built from the groups of one of these goes on clipping as it did.
-_ALL: weakref.WeakSet[FusedOptimizer] = weakref.WeakSet()
+# By id. A plain dict, since each use of it is one operation, which no thread and no fork divides.
+_ALIVE: dict[int, weakref.ref[FusedOptimizer]] = {}
+
+
+def _remember(optimizer: FusedOptimizer) -> None:
+    """While it is alive, an optimizer built from its groups can take over its options."""
+    key = id(optimizer)
+    _ALIVE[key] = weakref.ref(optimizer, lambda _: _ALIVE.pop(key, None))
 
 
 def _plain_number(value: Any) -> Any:

@@ -2632,8 +2632,8 @@ MUTANTS = [
         (
             "options: taken over from any optimizer",
             "fusedopt/optimizer.py",
-            "if other is self or groups.isdisjoint(map(id, other.param_groups)):",
-            "if other is self:",
+            "if other is None or other is self or groups.isdisjoint(map(id, other.param_groups)):",
+            "if other is None or other is self:",
             "test_drop_in.py::test_optimizer_of_other_groups_takes_nothing_over[cpu]",
         ),
         (

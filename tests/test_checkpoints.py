@@ -621,6 +621,10 @@ def of_a_parameter_that_is_not_there(checkpoint):
     checkpoint["state"][99] = checkpoint["state"][0]
 
 
+def option_of_the_whole_optimizer(checkpoint):
+    checkpoint["param_groups"][1]["nonfinite"] = "skip"
+
+
 def of_bitsandbytes(checkpoint):
     for state in checkpoint["state"].values():
         state["state1"] = torch.ones(3)
@@ -674,6 +678,7 @@ WRONG = {
     group_without_params: r"param_groups\[1\] has no list 'params'",
     keyed_by_strings: r"state has keys that are no parameter's: '0', '1', '2', …",
     of_a_parameter_that_is_not_there: r"state has keys that are no parameter's: 99",
+    option_of_the_whole_optimizer: r"param_groups\[1\]: 'nonfinite' is an option of the whole optimizer",
     of_bitsandbytes: r"param_groups\[0\]\['params'\]\[0\]: \w+ has no state 'state1'",
     of_another_rule: r"param_groups\[0\]\['params'\]\[0\]: \w+ has no state 'old_param'",
     one_id_for_two: r"param_groups\[0\]\['params'\]\[1\]: it has the same id, 0, as another parameter",

@@ -92,6 +92,22 @@ def test_lightning_refuses_its_clip_only_for_an_optimizer_that_unscales():
     assert_close(in_step, by_lightning, 1e-5)
 
 
+def test_sam_trains_in_lightning():
+    """Its trainer passes a closure, which SAM calls twice."""
+    ours, _ = fit(lambda params: fusedopt.SAM(params, fusedopt.SGD, rho=0.1, lr=0.01), "32-true", clip=None)
+    model = make_model()
+    optimizer = fusedopt.SAM(model.parameters(), fusedopt.SGD, rho=0.1, lr=0.01)
+    for step in range(3):
+
+        def closure(step=step):
+            loss = model(inputs(step)).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert_same_bits(ours, [param.detach() for param in model.parameters()])
+
+
 # ---- Fabric ----------------------------------------------------------------------------------------------------
 
 
