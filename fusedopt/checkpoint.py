@@ -1,4 +1,4 @@
-"""From a checkpoint to an optimizer's state and groups: everything is checked before anything is made."""
+"""Reads a checkpoint into state and groups. Everything is checked before anything is made."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fusedopt.rules import Rule, number
 if TYPE_CHECKING:
     from fusedopt.optimizer import FusedOptimizer
 
-# States of optimizers that have no rule here: of torch.optim's Adadelta, Adamax, ASGD and Rprop, and of bitsandbytes.
-OTHER_STATES = frozenset(("acc_delta", "exp_inf", "ax", "eta", "mu", "prev", "step_size", "state1", "state2"))
+# What tells optimizers that have no rule here: torch.optim's Adadelta, Adamax, ASGD and Rprop, and those of bitsandbytes.
+OTHER_OPTIMIZERS = ({"acc_delta"}, {"exp_inf"}, {"ax", "eta", "mu"}, {"prev", "step_size"}, {"state1"})
 
 
 @dataclass
 class Checkpoint:
-    """What an optimizer is to take over."""
+    """State, groups and warnings, ready to be taken over."""
 
     state: dict[Any, Any]
     param_groups: list[dict[str, Any]]
@@ -48,9 +48,10 @@ def read(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Checkpoint
     Raises:
         ValueError: it does not fit the optimizer; the first differences are listed.
     """
-    differences = [*_group_differences(optimizer, state_dict)]
+    saved_groups = _in_order(optimizer.param_groups, state_dict.get("param_groups"))
+    differences = [*_group_differences(optimizer, saved_groups, state_dict.get("state"))]
     if not differences:
-        groups = [_without_clip(group) for group in deepcopy(state_dict["param_groups"])]
+        groups = [_without_clip(group) for group in deepcopy(saved_groups)]
         saved_state = dict(state_dict["state"])
         if optimizer.rule.keeps_step:
             _move_steps_out_of_groups(groups, saved_state)
@@ -88,8 +89,18 @@ def _without_clip(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "max_grad_norm"}
 
 
-def _group_differences(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Iterator[str]:
-    saved_groups, saved_state = state_dict.get("param_groups"), state_dict.get("state")
+def _in_order(groups: list[dict[str, Any]], saved_groups: Any) -> Any:
+    """The saved groups; in the order of the optimizer's, where each has the names of another one of these."""
+    if not isinstance(saved_groups, list) or not all(isinstance(saved, Mapping) for saved in saved_groups):
+        return saved_groups
+    ours = [sorted(group.get("param_names") or ()) for group in groups]
+    theirs = [sorted(map(str, saved.get("param_names") or ())) for saved in saved_groups]
+    if [] in ours or ours == theirs or len({*map(tuple, ours)}) < len(ours) or sorted(ours) != sorted(theirs):
+        return saved_groups
+    return [saved_groups[theirs.index(names)] for names in ours]
+
+
+def _group_differences(optimizer: FusedOptimizer, saved_groups: Any, saved_state: Any) -> Iterator[str]:
     if not isinstance(saved_groups, list) or not isinstance(saved_state, Mapping):
         yield "it needs 'param_groups', a list, and 'state', a dict; it is no optimizer's state_dict()"
         return
@@ -103,6 +114,9 @@ def _group_differences(optimizer: FusedOptimizer, state_dict: Mapping[str, Any])
             continue
         if len(saved["params"]) != len(group["params"]):
             yield f"param_groups[{g}] has {len(saved['params'])} parameters, the optimizer's {len(group['params'])}"
+        names = saved.get("param_names") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            yield f"param_groups[{g}]['param_names'] is no list of names"
         try:
             optimizer._check_options({**optimizer._group_defaults(), **_without_clip(saved)})
         except (ValueError, TypeError) as error:
@@ -118,6 +132,7 @@ def _move_steps_out_of_groups(groups: list[dict[str, Any]], saved_state: dict[An
             if isinstance(saved_state.get(saved_id), Mapping)
             and saved_state[saved_id]
             and "step" not in saved_state[saved_id]
+            and "previous_grad" not in saved_state[saved_id]  # pytorch_optimizer's Adan has the negative one
         ]
         if without and group.get("step") is not None:
             step = group.pop("step")
@@ -134,7 +149,7 @@ def _warnings(optimizer: FusedOptimizer, state_dict: Mapping[str, Any], groups: 
             yield f"param_groups[{g}] of the checkpoint has {', '.join(unknown)}; {name} has no such option and ignores it"
     places = [state_dict.get("fusedopt"), *state_dict["param_groups"]]
     limits = [place.get("max_grad_norm") for place in places if isinstance(place, Mapping)]
-    limit = next((limit for limit in limits if isinstance(limit, (int, float)) and limit > 0), None)
+    limit = next((limit for limit in limits if isinstance(limit, (int, float)) and 0 < limit < math.inf), None)
     if limit is not None and optimizer.max_grad_norm is None:
         yield (
             f"the checkpoint was trained with max_grad_norm={limit}, and this optimizer does not clip; to go on clipping, "
@@ -159,6 +174,10 @@ def _are_same_names(groups: list[dict[str, Any]], saved_groups: list[dict[str, A
 def _name_differences(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> Iterator[str]:
     """Where names and positions contradict each other, so that neither tells whose a state is."""
     if _are_same_names(groups, saved_groups):
+        for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+            moved = sorted({*group["param_names"]} - {*saved["param_names"]})
+            if moved:
+                yield f"parameter {moved[0]!r} is in param_groups[{g}] here and in another group there, with other options"
         return
     ours, theirs = (
         {name: i for i, name in enumerate(_names(some)) if name is not None} for some in (groups, saved_groups)
@@ -166,7 +185,10 @@ def _name_differences(groups: list[dict[str, Any]], saved_groups: list[dict[str,
     for name, position in ours.items():
         if theirs.get(name, position) != position:
             only_here = ", ".join(map(repr, sorted(ours.keys() - theirs.keys())[:3])) or "no name"
-            yield f"it has parameter {name!r} at another position, and lacks {only_here}, so that order and names disagree"
+            yield (
+                f"parameter {name!r} is at another position there, and {only_here} is missing, so states can be matched "
+                "neither by name nor by position"
+            )
 
 
 def _matched(optimizer: FusedOptimizer, saved_groups: list[dict[str, Any]]) -> Iterator[_Loaded]:
@@ -196,8 +218,11 @@ def _state_differences(
     rule, name_of_class = optimizer.rule, type(optimizer).__name__
     own_states = {state.name: state for state in rule.states}
     scalars = ["step"] * rule.keeps_step + [rule.extra] * bool(rule.extra)
-    needed = [*scalars, *(name for name, state in own_states.items() if state.option is None)]
     param_of: dict[Any, torch.Tensor] = {}
+    # Without any, the checkpoint is of something else; with some, a parameter that has none has not stepped yet.
+    has_own = any(
+        isinstance(saved, Mapping) and not own_states.keys().isdisjoint(saved) for saved in saved_state.values()
+    )
     for entry in loaded:
         where, param = entry.where, entry.param
         if param_of.setdefault(entry.saved_id, param) is not param:
@@ -208,12 +233,15 @@ def _state_differences(
         if not isinstance(saved, Mapping):
             yield f"{where}: its state is a {type(saved).__name__}, not a dict"
             continue
-        for name in needed:
+        # torch's SGD too has no momentum before its first step with momentum; else every state is there from the first step on.
+        stored = [kept.name for kept in rule.stored(entry.group) if kept and (rule.keeps_step or kept.option is None)]
+        is_new = has_own and own_states.keys().isdisjoint(saved) and "step" not in saved
+        for name in [] if is_new else [*scalars, *stored]:
             if saved.get(name) is None:
                 yield f"{where}: state {name!r} is missing (it has {', '.join(map(str, saved))})"
         for name, value in saved.items():
             if not _is_own(rule, name):
-                if name in OTHER_STATES or name in Rule.all_state_names():
+                if name in Rule.all_state_names():
                     yield f"{where}: {name_of_class} has no state {name!r}"
             elif value is not None:
                 kept = own_states.get(name)
@@ -221,10 +249,15 @@ def _state_differences(
                 reason = _misfit(value, param, shape) if kept else _no_count(value)
                 if reason:
                     yield f"{where}: state {name!r} {reason}"
+        if own_states.keys().isdisjoint(saved):
+            for names in OTHER_OPTIMIZERS:
+                if names <= saved.keys():
+                    yield f"{where}: {name_of_class} has no state {', '.join(map(repr, sorted(names)))}"
+    tensors_of_rules = Rule.all_state_names() - {"step"}  # a user's own entry may well have a step
     strangers = [
         repr(key)
         for key, value in saved_state.items()
-        if key not in param_of and isinstance(value, Mapping) and not Rule.all_state_names().isdisjoint(value)
+        if key not in param_of and isinstance(value, Mapping) and not tensors_of_rules.isdisjoint(value)
     ]
     if strangers:
         yield f"state has keys that are no parameter's: {', '.join(strangers[:3])}{', …' * (len(strangers) > 3)}"
@@ -241,11 +274,20 @@ def _state_of(rule: Rule, entry: _Loaded, saved: Mapping[Any, Any]) -> dict[Any,
             if value is not None:
                 dtype = torch.float32 if name == "step" else compute_dtype(param)
                 result[name] = torch.tensor(float(value), dtype=dtype, device="cpu")
-        elif isinstance(value, torch.Tensor):
-            result[name] = value.detach().to(param.device, copy=True)
         else:
-            result[name] = deepcopy(value)
+            result[name] = _copied(value, param.device)
     return result
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """A copy, with all tensors in it on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device, copy=True)
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, device) for item in value)
+    if type(value) is dict:
+        return {key: _copied(item, device) for key, item in value.items()}
+    return deepcopy(value)
 
 
 def _misfit(value: Any, param: torch.Tensor, shape: tuple[int, ...]) -> str | None:

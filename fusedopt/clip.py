@@ -51,11 +51,13 @@ def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
     """
     if max_grad_norm is None:
         return None
-    value = check_max_norm("max_grad_norm", max_grad_norm)
+    value = number("max_grad_norm", max_grad_norm)
     if value == 0:
         raise ValueError(
-            f"max_grad_norm must be > 0, got {max_grad_norm}, which would make every gradient 0; pass None to not clip"
+            f"max_grad_norm must be > 0, got {max_grad_norm} (it would zero every gradient); pass None to disable clipping"
         )
+    if not value > 0:
+        raise ValueError(f"max_grad_norm must be > 0 (inf: compute the norm, do not clip), got {max_grad_norm}")
     return value
 
 
@@ -130,9 +132,7 @@ class Pending:
 class Clip:
     """What one optimizer knows about clipping. Apart from the optimizer, so that wrappers that copy its attributes share it."""
 
-    def __init__(self, max_grad_norm: float | None, nonfinite: Nonfinite):
-        self.max_grad_norm = check_max_grad_norm(max_grad_norm)
-        self.nonfinite: Nonfinite = check_nonfinite(nonfinite)
+    def __init__(self) -> None:
         self.grad_norm: torch.Tensor | None = None
         self._num_skipped = 0
         self._num_skipped_on_device: torch.Tensor | None = None
@@ -187,24 +187,27 @@ class Clip:
         seen = {id(grad): (TensorWeakRef(grad), _version_of(grad)) for grad in grads}
         self._pending = Pending(control, seen)
 
-    @property
-    def _measures(self) -> bool:
+    def _measures(self, limit: float | None, nonfinite: Nonfinite) -> bool:
         """Whether a step needs the norm; a deferred clip has looked at it already."""
-        return self.max_grad_norm is not None or (self.nonfinite != "propagate" and self._pending is None)
+        return limit is not None or (nonfinite != "propagate" and self._pending is None)
 
-    def step(self, plan: Plan, grad_scale: Any, found_inf: Any) -> None:
+    def step(
+        self, plan: Plan, max_grad_norm: float | None, nonfinite: Nonfinite, grad_scale: Any, found_inf: Any
+    ) -> None:
         """Updates, or skips the step.
 
         Args:
+            max_grad_norm, nonfinite: as of the optimizer.
             grad_scale: what the loss was multiplied with, a number or a tensor of one; the norm is that of the unscaled
                 gradients. None: 1.
             found_inf: whether the caller has already seen a gradient that is not finite: a number or a tensor of one.
 
         Raises:
-            ValueError: ``grad_scale`` is not a positive number.
+            ValueError: ``max_grad_norm``, ``nonfinite`` or ``grad_scale`` is out of range.
             RuntimeError: ``nonfinite="error"`` and the norm is NaN or infinite; or gradients changed after a deferred clip.
         """
         plan.has_updated = False
+        limit, nonfinite = check_max_grad_norm(max_grad_norm), check_nonfinite(nonfinite)
         if grad_scale is None:
             grad_scale = 1.0
         else:
@@ -215,41 +218,45 @@ class Clip:
         else:
             found_inf = _checked(plan, "found_inf", found_inf, takes_bool=True)
             found_inf = plan.on_any_process(found_inf)  # who skips alone would leave others waiting for its norm
-        if self.nonfinite == "error" and plan.asynchronous is not None and plan.asynchronous.is_capturing:
+        if nonfinite == "error" and plan.asynchronous is not None and plan.asynchronous.is_capturing:
             raise RuntimeError(
                 f"{plan.owner}: nonfinite='error' waits for the device, which no CUDA graph can; {UNCHANGED}"
             )
         # An error must be raised now, and so waits for the device.
-        if plan.asynchronous is None or self.nonfinite == "error":
-            coef = self._coef(plan, float(grad_scale), bool(found_inf))
+        if plan.asynchronous is None or nonfinite == "error":
+            coef = self._coef(plan, limit, nonfinite, float(grad_scale), bool(found_inf))
             if coef is not None:
                 plan.update(coef)
         else:
-            self._step_on_device(plan, grad_scale, found_inf)
+            self._step_on_device(plan, limit, nonfinite, grad_scale, found_inf)
         self.forget()  # only now: a step that fails must still clip when it is tried again
 
-    def _coef(self, plan: Plan, grad_scale: float, found_inf: bool) -> float | None:
+    def _coef(
+        self, plan: Plan, limit: float | None, nonfinite: Nonfinite, grad_scale: float, found_inf: bool
+    ) -> float | None:
         """What this step multiplies gradients with; None if it is to be skipped."""
         if found_inf:
             self._num_skipped += 1
             return None
         pending = self.pending(plan).on_host()
         coef, is_finite = pending.coef / grad_scale, pending.is_finite
-        if self._measures:
+        if self._measures(limit, nonfinite):
             norm = plan.grad_norm() * abs(coef)
             is_finite = math.isfinite(norm)
-            if self._pending is None and (is_finite or self.nonfinite != "error"):
+            if self._pending is None and (is_finite or nonfinite != "error"):
                 self.grad_norm = torch.tensor(norm, dtype=plan.norm_dtype, device=plan.norm_device)
-            if self.max_grad_norm is not None:
-                coef *= coefficient(norm, self.max_grad_norm)
-        if not is_finite and self.nonfinite == "error":
+            if limit is not None:
+                coef *= coefficient(norm, limit)
+        if not is_finite and nonfinite == "error":
             plan.fail_nonfinite()
-        if not is_finite and self.nonfinite == "skip":
+        if not is_finite and nonfinite == "skip":
             self._num_skipped += 1
             return None
         return coef
 
-    def _step_on_device(self, plan: Plan, grad_scale: Any, found_inf: Any) -> None:
+    def _step_on_device(
+        self, plan: Plan, limit: float | None, nonfinite: Nonfinite, grad_scale: Any, found_inf: Any
+    ) -> None:
         """The same without waiting for the device, which decides itself what happens."""
         device = plan.norm_device
         if self._num_skipped_on_device is None or self._num_skipped_on_device.device != device:
@@ -257,9 +264,8 @@ class Clip:
                 self._num_skipped += int(self._num_skipped_on_device)
             self._num_skipped_on_device = torch.zeros((), dtype=torch.int64, device=device)
         control = self.pending(plan).on(plan.asynchronous)
-        if self._measures:
-            limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-            norm, control = plan.measure(limit, control, grad_scale, plan.norm_dtype)
+        if self._measures(limit, nonfinite):
+            norm, control = plan.measure(math.inf if limit is None else limit, control, grad_scale, plan.norm_dtype)
             grad_scale = 1.0  # is in the control
             if self._pending is None:
                 self.grad_norm = norm
@@ -268,7 +274,7 @@ class Clip:
             control=control,
             grad_scale=grad_scale,
             found_inf=found_inf,
-            skips_nonfinite=self.nonfinite == "skip",
+            skips_nonfinite=nonfinite == "skip",
             skipped=self._num_skipped_on_device,
         )
 

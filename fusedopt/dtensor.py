@@ -21,6 +21,17 @@ def is_dtensor(value: Any) -> bool:
     return module is not None and isinstance(value, getattr(module, "DTensor", ()))
 
 
+def is_of_fsdp1(tensor: torch.Tensor) -> bool:
+    """Whether FullyShardedDataParallel made it, of what several processes share: then it may be a shard of something."""
+    distributed = torch.distributed
+    return (
+        getattr(tensor, "_fsdp_flattened", False)
+        and distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
 def part_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this process has of a DTensor, the same object every time; any other tensor is its own part."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor

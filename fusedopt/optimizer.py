@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, TypeVar, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, overload
 
 import torch
 
@@ -15,12 +14,10 @@ from fusedopt import backends, checkpoint, clip
 from fusedopt.compiler import not_compiled
 from fusedopt.errors import UNCHANGED, name_param, named_params, warn
 from fusedopt.plan import PARAM_DTYPES, Plan, first_state
-from fusedopt.rules import OPTIMIZER_OPTIONS, Rule, read_options
+from fusedopt.rules import OPTIMIZER_OPTIONS, Rule, check_no_own, read_options
 from fusedopt.sparse import check_mode
 from fusedopt.stalls import StallWatch
-from fusedopt.types import Backend, Nonfinite, Params, Sparse
-
-Loss = TypeVar("Loss")
+from fusedopt.types import Backend, Loss, Nonfinite, Params, Sparse
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -61,19 +58,25 @@ class FusedOptimizer(torch.optim.Optimizer):
     ):
         if defaults.get("differentiable"):
             raise RuntimeError(f"{type(self).__name__} does not support differentiable=True; use torch.optim for it")
-        self._clip = clip.Clip(max_grad_norm, nonfinite)
-        self._check_sparse(sparse)
+        self._clip = clip.Clip()
         resolved = backends.resolve(backend)
         self._plans: dict[str, Plan] = {}  # by what they are for; a dict, so that wrappers of this optimizer share it
         self._stalls = StallWatch()
         self._in_step: dict[int, int] = {}  # process -> the thread that is in a step
         changed = {name: value for name, value in own_options.items() if value != self.rule.own_options[name]}
-        whole = {"max_grad_norm": self._clip.max_grad_norm, "nonfinite": nonfinite, "backend": backend}
+        whole = {
+            **self.__dict__.pop("defaults", {}),  # put there by a subclass
+            "max_grad_norm": clip.check_max_grad_norm(max_grad_norm),
+            "nonfinite": clip.check_nonfinite(nonfinite),
+            "backend": backend,
+        }
+        self._check_sparse(sparse)
         if self.rule.takes_sparse:  # the other classes have no such argument
             whole["sparse"] = sparse
         super().__init__(params, {**defaults, **changed, **whole})
-        self._take_over_options(params)
-        _remember(self)
+        if isinstance(params, ParamGroups):
+            self._take_over_options(params)
+        self.param_groups = ParamGroups(self.param_groups, self)
         if self.defaults.get("fused"):
             # Tells torch.amp.GradScaler that step() takes grad_scale and found_inf from attributes which the scaler sets.
             self._step_supports_amp_scaling = True
@@ -85,30 +88,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The options in `defaults` that every group has."""
         return {name: value for name, value in self.defaults.items() if name not in self._whole_options}
 
-    def _take_over_options(self, params: Params) -> None:
-        """Clips, and so on, as the optimizer whose very groups these are, where nothing else was asked for.
-
-        Some wrappers build an optimizer again from its class and its `param_groups` alone, Horovod's for one.
-        """
-        groups = {id(group) for group in params if isinstance(group, dict)} if isinstance(params, list) else set()
-        for known in [*_ALIVE.values()] if groups else ():
-            other = known()
-            if other is None or other is self or groups.isdisjoint(map(id, other.param_groups)):
-                continue
-            taken = {
-                name: other.defaults[name]
-                for name, default in self._whole_options.items()
-                if name in self.defaults and self.defaults[name] == default != other.defaults.get(name, default)
-            }
-            for name, value in taken.items():
-                if getattr(getattr(type(self), name, None), "fset", None):
-                    setattr(self, name, value)
-                else:
-                    self.defaults[name] = value
-            if taken:
-                listed = ", ".join(f"{name}={value!r}" for name, value in taken.items())
-                warn(f"{type(self).__name__}: takes over {listed} from the optimizer whose param_groups these are")
+    def _take_over_options(self, groups: ParamGroups) -> None:
+        """Copies the options of the optimizer whose groups these are, where none were given."""
+        if groups.rule is not self.rule:
             return
+        taken = {
+            name: groups.defaults[name]
+            for name, default in self._whole_options.items()
+            if name in self.defaults and self.defaults[name] == default != groups.defaults.get(name, default)
+        }
+        self.defaults.update(taken)
+        if taken:
+            listed = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+            warn(
+                f"{type(self).__name__}: copied {listed} from the optimizer that these param_groups belong to; "
+                "set the attribute of that name to change it"
+            )
 
     def __repr__(self) -> str:
         options = "".join(
@@ -125,11 +120,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError, TypeError: its options are out of range, or a parameter's dtype is not supported. Nothing is added.
         """
         given = set(param_group) if isinstance(param_group, dict) else set()
-        super().add_param_group(param_group)
+        try:
+            super().add_param_group(param_group)
+        finally:  # torch gives a group all defaults, also one that it then refuses
+            for name in self._whole_options.keys() - given if isinstance(param_group, dict) else ():
+                param_group.pop(name, None)
         index = len(self.param_groups) - 1
         group = self.param_groups[index]
-        for name in self._whole_options.keys() - given:
-            group.pop(name, None)  # torch gives a group all defaults
         try:
             where = f"{type(self).__name__}: param_groups[{index}]"
             try:
@@ -171,14 +168,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError, TypeError, RuntimeError: naming the parameter or option at fault. Then parameters, states and
                 step counts are exactly what they were.
         """
+        self._stalls.report()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with self._planned("step") as plan:
-            self._clip.step(plan, *self._of_scaler())
-            self._stalls.look(plan)
+            self._update(plan)
+            self._stalls.look(plan, self._clip.skipped_steps)
         return loss
+
+    def _update(self, plan: Plan) -> None:
+        self._clip.step(plan, self.max_grad_norm, self.nonfinite, *self._of_scaler())
 
     def _of_scaler(self) -> tuple[Any, Any]:
         """Set by GradScaler: what to divide gradients by, and whether it found one that is not finite."""
@@ -217,7 +218,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if before is not None:
                     before.release()
                 self._plans.pop(purpose, None)
-                plan = Plan(owner, rule, param_groups, state, is_lazy)
+                plan = Plan(owner, rule, param_groups, state, is_lazy, self.defaults)
                 plan.make(param_groups, self.backend, before, sources)  # apart: an interrupt finds the state it made
                 if not plan.refresh(param_groups, state):
                     raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
@@ -244,7 +245,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The state that a parameter starts from, ahead of its first step; what there is stays."""
         state = self.state[param]
         if self.rule.keeps_step:
-            state.setdefault("step", torch.zeros((), device="cpu"))
+            state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
         for kept in self.rule.stored(group):
             if kept is not None and state.get(kept.name) is None:
                 state[kept.name] = first_state(self.rule, group, kept, param)
@@ -263,20 +264,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def max_grad_norm(self) -> float | None:
         """The limit that every step clips to; None: no clipping. May be changed between steps."""
-        return self._clip.max_grad_norm
+        return self.defaults.get("max_grad_norm")
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self._clip.max_grad_norm = self.defaults["max_grad_norm"] = clip.check_max_grad_norm(value)
+        self.defaults["max_grad_norm"] = clip.check_max_grad_norm(value)
 
     @property
     def nonfinite(self) -> Nonfinite:
         """What a NaN or infinite gradient norm does: ``"propagate"``, ``"skip"`` or ``"error"``. May be changed."""
-        return self._clip.nonfinite
+        return self.defaults.get("nonfinite", "propagate")
 
     @nonfinite.setter
     def nonfinite(self, value: Nonfinite) -> None:
-        self._clip.nonfinite = self.defaults["nonfinite"] = clip.check_nonfinite(value)
+        self.defaults["nonfinite"] = clip.check_nonfinite(value)
 
     @property
     def skipped_steps(self) -> int | torch.Tensor:
@@ -286,7 +287,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def backend(self) -> Backend | None:
         """What was asked for at construction; None: the environment's FUSEDOPT_BACKEND, else ``"auto"``."""
-        return self.defaults["backend"]
+        return self.defaults.get("backend")
 
     @property
     def sparse(self) -> Sparse | None:
@@ -317,11 +318,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self._group_defaults().items():
                 group.setdefault(name, value)
-        _remember(self)
+        self.param_groups = ParamGroups(self.param_groups, self)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch. Where every step clips, one more entry says so, for `load_state_dict` to compare: ``"fusedopt"``."""
         result = super().state_dict()
+        for group in result["param_groups"]:
+            for name in OPTIMIZER_OPTIONS:
+                group.pop(name, None)  # if something filled groups from `defaults`
         if self.max_grad_norm is not None:
             result["fusedopt"] = {"max_grad_norm": self.max_grad_norm}
         return result
@@ -351,26 +355,32 @@ class FusedOptimizer(torch.optim.Optimizer):
             if replaced is not None:
                 state_dict = replaced
         saved = checkpoint.read(self, state_dict)
+        for message in saved.warnings:  # first: they may be errors, and then nothing has changed
+            warn(f"{type(self).__name__}.load_state_dict: {message}")
         self.__setstate__({"state": saved.state, "param_groups": saved.param_groups})
         self._clip.forget()
-        for message in saved.warnings:
-            warn(f"{type(self).__name__}.load_state_dict: {message}")
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _check_options(self, group: Mapping[str, Any]) -> None:
-        """Raises ValueError or TypeError if an option of a group is none that this class could have."""
+    def _check_options(self, group: dict[str, Any]) -> None:
+        """Raises ValueError or TypeError if a group has an option that is out of range, or that no group can have."""
+        check_no_own(self.rule, group, self.defaults)
         read_options(self.rule, group)
 
 
-# By id. A plain dict, since each use of it is one operation, which no thread and no fork divides.
-_ALIVE: dict[int, weakref.ref[FusedOptimizer]] = {}
+class ParamGroups(list[dict[str, Any]]):
+    """An optimizer's groups, which know its options.
 
+    Some wrappers build an optimizer again from its class and its `param_groups` alone, Horovod's for one. No key of a group
+    can tell it then that the first one clipped: torch.distributed.checkpoint would ask every checkpoint for that key.
+    """
 
-def _remember(optimizer: FusedOptimizer) -> None:
-    """While it is alive, an optimizer built from its groups can take over its options."""
-    key = id(optimizer)
-    _ALIVE[key] = weakref.ref(optimizer, lambda _: _ALIVE.pop(key, None))
+    def __init__(self, groups: Iterable[dict[str, Any]], optimizer: FusedOptimizer):
+        super().__init__(groups)
+        self.rule, self.defaults = optimizer.rule, optimizer.defaults
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)  # a copy is that of another optimizer, which makes its own
 
 
 def _plain_number(value: Any) -> Any:

@@ -23,10 +23,11 @@ from fusedopt.errors import UNCHANGED, name_param, named_params, short_dtype
 from fusedopt.extension import _C
 from fusedopt.interrupts import uninterrupted
 from fusedopt.reference import clip_coefficient
-from fusedopt.rules import Options, Rule, State, is_elsewhere, number, read_options, with_lr
+from fusedopt.rules import Options, Rule, State, check_no_own, is_elsewhere, number, read_options, with_lr
 
 _NOTHING = contextlib.nullcontext()
 MAX_DIMS = 64  # of torch's reductions and of the C++ table
+COUNT_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)  # of step counts that users put into a state
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
 
@@ -70,7 +71,7 @@ def grad_dtypes(param: torch.Tensor) -> tuple[torch.dtype, ...]:
 
 
 class Mirror(NamedTuple):
-    """A count that the state holds in another form than a backend counts in: read before each update, written after it."""
+    """A count that the state has in another shape or dtype than a backend uses: read before each update, written after it."""
 
     name: str
     counted: torch.Tensor  # `Entry.step` or `Entry.extra`
@@ -144,6 +145,7 @@ class Plan:
 
     Args:
         is_lazy: whether rows that a sparse gradient does not touch may stand still though the rule would move them.
+        whole: the options of the whole optimizer.
 
     Raises:
         ValueError, TypeError: naming the group whose options are wrong.
@@ -156,8 +158,10 @@ class Plan:
         param_groups: list[dict[str, Any]],
         state: dict[torch.Tensor, dict[str, Any]],
         is_lazy: bool,
+        whole: Mapping[str, Any],
     ):
         self.owner = owner
+        self._whole = whole
         self.rule = rule
         self.is_lazy = is_lazy
         self._state = state
@@ -170,6 +174,7 @@ class Plan:
         self.asynchronous: Any = None  # the first bucket, if all compute coefficients by themselves, on one device
         self._distributed: list[Entry] = []
         self._mirrors: list[Mirror] = []
+        self._of_fsdp1: Entry | None = None
         self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # DTensors, each with what this process has of it
 
     def make(
@@ -212,6 +217,7 @@ class Plan:
             self._attach_state(entry, param_groups[entry.group], self._state, backend_of)
             self._mirrors += entry.mirrors
         planned = [entry for entry in entries if not entry.is_idle]
+        self._of_fsdp1 = next((entry for entry in planned if dtensor.is_of_fsdp1(entry.owner)), None)
         self._check_overlap(planned)
         is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
         self.norm_dtype = torch.float64 if is_double else torch.float32
@@ -304,6 +310,7 @@ class Plan:
                 kind = type(group).__name__
                 raise TypeError(f"{self.owner}: param_groups[{index}] is a {kind}, not a dict; {UNCHANGED}")
             try:
+                check_no_own(self.rule, group, self._whole)
                 scheduled = _but_for_lr(group, seen[index])
                 if scheduled:
                     read[index], seen[index] = with_lr(self.rule, read[index], group["lr"]), scheduled
@@ -336,8 +343,23 @@ class Plan:
         column = self.rule.hyper.index(self.rule.norm_weight)
         return [bool(scalars[column]) for scalars in self.scalars]
 
+    def _check_is_whole(self) -> None:
+        """Refuses to take for the norm of all gradients what is that of one process's shard.
+
+        Raises:
+            RuntimeError: a parameter is FSDP1's.
+        """
+        if self._of_fsdp1 is not None:
+            self._fail(
+                RuntimeError,
+                self._of_fsdp1,
+                "belongs to FSDP1, of which each process would take the norm of its own shard: clip by the model's own "
+                "clip_grad_norm_(), and leave out max_grad_norm and nonfinite; or use fully_shard (FSDP2)",
+            )
+
     def grad_norm(self) -> float:
         """2-norm of all gradients, as they are stored, on all processes that they are spread over."""
+        self._check_is_whole()
         is_weighted = self.is_weighted
         norms = [bucket.grad_norm(is_weighted) for bucket in self.buckets]
         if len(norms) == 1 and self.buckets[0].norm_group is None:
@@ -353,6 +375,7 @@ class Plan:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same where everything is `asynchronous`, of the unscaled gradients, 0-d of ``dtype``; and the control that
         clips it. See device.py."""
+        self._check_is_whole()
         is_weighted = self.is_weighted
         if len(self.buckets) == 1 and self.buckets[0].norm_group is None:
             return self.buckets[0].measure(max_norm, previous, grad_scale, dtype, is_weighted)
@@ -369,23 +392,18 @@ class Plan:
         return dtensor.gathered(norm, bucket.norm_group) if bucket.norm_group else norm
 
     def check_scaled(self) -> None:
-        """Refuses gradients that a GradScaler has left scaled, where each process has a shard that only the scaler knows of.
+        """Refuses gradients that a GradScaler left scaled, where only the scaler knows how they are spread over processes.
 
         Raises:
-            RuntimeError: a parameter is FSDP1's, and there are other processes.
+            RuntimeError: a parameter is FSDP1's.
         """
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-            return
-        for bucket in self.buckets:
-            for entry in bucket.entries:
-                if getattr(entry.owner, "_fsdp_flattened", False):
-                    self._fail(
-                        RuntimeError,
-                        entry,
-                        "is a shard of FSDP1, and with fused=True each process would look for infinities in its own shard "
-                        "alone: leave out fused=True, or call the scaler's unscale_(optimizer) before its step",
-                    )
+        if self._of_fsdp1 is not None:
+            self._fail(
+                RuntimeError,
+                self._of_fsdp1,
+                "belongs to FSDP1, of which each process would look for infinities in its own shard alone: call the "
+                "scaler's unscale_(optimizer) before its step, or leave out fused=True",
+            )
 
     def on_any_process(self, found_inf: float | torch.Tensor) -> float | torch.Tensor:
         """Whether any of the processes that parameters are spread over has found it; each of them asks."""
@@ -700,10 +718,15 @@ class Plan:
                 counts[name] = value
                 continue
             counts[name] = _scalar(initial if value is None else value, dtype, device)
+            if isinstance(value, torch.Tensor) and value.dtype not in COUNT_DTYPES:
+                self._fail(
+                    TypeError, entry, f"state {name!r} is {short_dtype(value)}, which cannot count; take float32"
+                )
             if isinstance(value, torch.Tensor) and value.device == device:
                 entry.mirrors.append(Mirror(name, counts[name], value))
             elif isinstance(value, torch.Tensor) and value.is_cpu and value.is_shared():
-                self._fail(ValueError, entry, f"state {name!r} is in shared memory, but the backend counts on {device}")
+                reason = f"state {name!r} is in shared host memory, but this backend counts on {device}"
+                self._fail(ValueError, entry, reason)
             else:
                 made[name] = counts[name]
         for i, kept in enumerate(stored):

@@ -69,6 +69,9 @@ class Recipe(tuple[OptimizerT, LRScheduler], Generic[OptimizerT]):
         self.name, self.settings = name, settings
         return self
 
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.name, *self, self.settings
+
     @property
     def optimizer(self) -> OptimizerT:
         """The first of the pair."""

@@ -101,7 +101,7 @@ class Rule:
     @functools.cache
     def all_state_names() -> frozenset[str]:
         """What any rule of the table keeps: it tells states of parameters from what wrappers and users add."""
-        return frozenset().union(*(rule.state_names for rule in RULES.values()))
+        return frozenset().union(*(rule.state_names for rule in RULES.values() if rule.optimizers))
 
     def option(self, group: Mapping[str, Any], name: str) -> Any:
         """A group's option; one of ours that the group does not mention has its default."""
@@ -374,12 +374,6 @@ class Options(NamedTuple):
 
 def read_options(rule: Rule, group: Mapping[str, Any]) -> Options:
     """A group's options, or ValueError saying which of them is out of which range."""
-    for name in OPTIMIZER_OPTIONS:
-        if name in group:
-            raise ValueError(
-                f"{name!r} is an option of the whole optimizer, and as a key of a group it has no effect; remove the key, "
-                f"and pass {name}={group[name]!r} to the constructor"
-            )
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not supported; use torch.optim for it")
     maximize = flag("maximize", group["maximize"])
@@ -392,12 +386,31 @@ def read_options(rule: Rule, group: Mapping[str, Any]) -> Options:
         if state.initial is not None:
             initial = number(state.initial, group[state.initial])
             _check_range(state.initial, initial, given=group[state.initial])
-    if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
+    if "nesterov" in rule.hyper and group["nesterov"] and not (group["momentum"] > 0 and group["dampening"] == 0):
         raise ValueError(
             f"nesterov=True needs momentum > 0 and dampening = 0, "
             f"got momentum={group['momentum']}, dampening={group['dampening']}"
         )
     return Options(scalars, maximize, variant, rule.is_sparse_exact(group))
+
+
+def check_no_own(rule: Rule, group: dict[str, Any], whole: Mapping[str, Any]) -> None:
+    """Takes the options of the whole optimizer out of a group, where something that fills groups from `defaults` put them.
+
+    Args:
+        whole: the optimizer's own values.
+
+    Raises:
+        ValueError: the group's value is another one, which would have no effect.
+    """
+    for name in [name for name in OPTIMIZER_OPTIONS if name in group]:
+        if name not in whole or group[name] != whole[name]:
+            to_constructor = f", and pass {name}={group[name]!r} to the constructor"
+            remedy = "" if name == "sparse" and not rule.takes_sparse else to_constructor
+            raise ValueError(
+                f"{name!r} applies to the whole optimizer, a group cannot have its own; remove the key{remedy}"
+            )
+        del group[name]
 
 
 def with_lr(rule: Rule, options: Options, lr: float) -> Options:

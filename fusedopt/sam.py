@@ -17,19 +17,17 @@ from fusedopt import dtensor
 from fusedopt.compiler import not_compiled
 from fusedopt.errors import UNCHANGED
 from fusedopt.interrupts import uninterrupted
-from fusedopt.optimizer import FusedOptimizer, Loss
+from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import AdamW
 from fusedopt.plan import state_dtype
 from fusedopt.rules import RULES, flag, read_options
-from fusedopt.types import Params
+from fusedopt.types import Loss, Params
 
 
 @dataclass
 class Ascent:
-    """What SAM knows between steps. Apart from the optimizer, so that wrappers that derive a class from its class share it."""
+    """SAM's state between its two steps. In one object, so that wrappers that derive from the optimizer's class share it."""
 
-    rho: float
-    adaptive: bool
     groups: list[dict[str, Any]] = field(default_factory=list)
     state: dict[torch.Tensor, dict[str, torch.Tensor]] = field(default_factory=dict)
     sources: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
@@ -115,7 +113,11 @@ class SAM(FusedOptimizer):
         super().__init_subclass__(**kwargs)
 
     def __new__(cls, params: Params = (), base: type[FusedOptimizer] = AdamW, *args: Any, **kwargs: Any) -> SAM:
-        return super().__new__(_around(base) if cls is SAM else cls)
+        if cls is SAM:
+            return super().__new__(_around(base))
+        if base not in (AdamW, cls._base):
+            raise TypeError(f"SAM: this class is SAM around {cls._base.__name__}; call fusedopt.SAM for {base!r}")
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -128,14 +130,13 @@ class SAM(FusedOptimizer):
         if base_options.get("sparse") is not None:
             raise ValueError("SAM takes no sparse gradients: sparse must be None")
         _check_ascent({"rho": rho, "adaptive": adaptive})
-        self._ascent = Ascent(rho, bool(adaptive))
+        self._ascent = Ascent()
+        self.defaults = {"rho": rho, "adaptive": bool(adaptive)}  # the constructor of ``base`` adds its own
         super().__init__(params, **base_options)
-        self.defaults.update(rho=rho, adaptive=self._ascent.adaptive)
-        self._take_over_options(params)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Between the two steps always: a GradScaler that does not call the second one would leave the weights away."""
+        """Between the two steps always: a GradScaler that skips the second one would leave the weights at the ascent point."""
         return self._ascent.ascended is not None or self.__dict__.get("_step_supports_amp_scaling", False)
 
     @_step_supports_amp_scaling.setter
@@ -147,21 +148,21 @@ class SAM(FusedOptimizer):
     @property
     def rho(self) -> float:
         """ρ of the groups that have none of their own. May be changed between steps."""
-        return self._ascent.rho
+        return self.defaults["rho"]
 
     @rho.setter
     def rho(self, value: float) -> None:
         _check_ascent({"rho": value, "adaptive": False})
-        self._ascent.rho = self.defaults["rho"] = value
+        self.defaults["rho"] = value
 
     @property
     def adaptive(self) -> bool:
         """Whether the groups that do not say so themselves take ASAM's ascent. May be changed between steps."""
-        return self._ascent.adaptive
+        return self.defaults["adaptive"]
 
     @adaptive.setter
     def adaptive(self, value: bool) -> None:
-        self._ascent.adaptive = self.defaults["adaptive"] = flag("adaptive", value)
+        self.defaults["adaptive"] = flag("adaptive", value)
 
     def _own_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         return {"rho": group.get("rho", self.rho), "adaptive": group.get("adaptive", self.adaptive)}
@@ -190,6 +191,7 @@ class SAM(FusedOptimizer):
             RuntimeError: no closure and no `first_step` before; a closure after `first_step`. And as `base`; then the
                 parameters are where they were before.
         """
+        self._stalls.report()
         if closure is None:
             if self._ascent.ascended is None and any(float(group["lr"]) != 0 for group in self.param_groups):
                 raise RuntimeError(
@@ -327,7 +329,7 @@ class SAM(FusedOptimizer):
         if ascent.is_skipping:
             self._clip.count_skip()
             return self.restore()
-        grad_scale, found_inf = self._of_scaler()
+        _, found_inf = self._of_scaler()
         with self._planned("step") as plan:
             # What the device may decide to skip, it must not have to restore.
             is_certain = plan.asynchronous is None or (self.nonfinite != "skip" and found_inf is None)
@@ -338,13 +340,13 @@ class SAM(FusedOptimizer):
                 self.restore()
             try:
                 with uninterrupted():  # what is where it belongs must not be brought back again
-                    self._clip.step(plan, grad_scale, found_inf)
+                    self._update(plan)
                     if plan.has_updated:
                         ascent.ascended = None
             finally:
                 plan.reads_sources = False
             if plan.has_updated:
-                self._stalls.look(plan)
+                self._stalls.look(plan, self._clip.skipped_steps)
         self.restore()
 
     def _planned(self, caller: str) -> Any:
@@ -371,9 +373,9 @@ class SAM(FusedOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._ascent.ascended is not None:
             raise RuntimeError(f"{type(self).__name__}: it cannot be copied between first_step and second_step")
-        return {**super().__getstate__(), "_ascent": Ascent(self.rho, self.adaptive)}
+        return {**super().__getstate__(), "_ascent": Ascent()}
 
-    def _check_options(self, group: Mapping[str, Any]) -> None:
+    def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
         _check_ascent(self._own_options(group))
 

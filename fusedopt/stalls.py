@@ -1,9 +1,9 @@
 """Finds 16-bit parameters that no step moves, because every update is rounded away.
 
 A bfloat16 weight of 1.0 has the neighbours 0.996 and 1.008. An update of less than half that distance changes nothing, in this
-step or in any other. A sample shows this over many steps at almost no cost: after the first step up to about `SAMPLES`
-elements of each 16-bit parameter are copied, and after steps 100, 1,000, 10,000, … they are compared. If none has changed,
-although there are gradients and the learning rate is not 0, one warning names the parameter. All other steps compare two
+step or in any other. A sample shows this over many steps at almost no cost: after the first step up to `SAMPLES` elements of
+each 16-bit parameter are copied, and after steps 100, 1,000, 10,000, … they are compared. If none has changed, although there
+are gradients and the learning rate is not 0, one warning names the parameter, in the step after. All other steps compare two
 integers.
 """
 
@@ -27,10 +27,32 @@ FIRST_COMPARISON, FACTOR = 100, 10
 
 
 @dataclass
+class Sample:
+    """Some elements of each 16-bit parameter of one device and dtype, one after the other."""
+
+    params: list[TensorWeakRef]
+    shapes: list[torch.Size]
+    num_steps: int  # after which it was taken
+    num_skipped: int | torch.Tensor
+    values: torch.Tensor
+
+    def is_of(self, entries: list[Entry]) -> bool:
+        """Whether it is of these parameters, in this order and with these shapes."""
+        owners, shapes = [entry.owner for entry in entries], [entry.param.shape for entry in entries]
+        return (
+            len(self.params) == len(owners)
+            and self.shapes == shapes
+            and all(param() is owner for param, owner in zip(self.params, owners, strict=True))
+        )
+
+
+@dataclass
 class Answer:
     """Which parameters did not move, on its way from their device."""
 
+    owner: str
     entries: list[str]
+    num_steps: int
     has_stalled: torch.Tensor  # bool, one element per entry, in host memory once `is_there`
     arrival: torch.cuda.Event | None
 
@@ -44,73 +66,121 @@ class StallWatch:
 
     num_steps: int = 0
     next_look: float = 1
-    samples: dict[int, tuple[TensorWeakRef, torch.Tensor]] = field(
-        default_factory=dict
-    )  # id -> (parameter, its sample)
+    samples: dict[tuple[torch.device, torch.dtype], list[Sample]] = field(default_factory=dict)
     answers: list[Answer] = field(default_factory=list)
 
-    def look(self, plan: Plan) -> None:
-        """To be called after each step, while the plan holds the gradients. Nobody waits for a device."""
-        self.num_steps += 1
-        if self.answers and all(answer.is_there() for answer in self.answers):
-            self._report(plan.owner)
-        if self.num_steps < self.next_look or not plan.has_updated:
-            return
-        if plan.asynchronous is not None and plan.asynchronous.is_capturing:
-            return  # the next step that is not captured looks
-        entries = [
-            entry
-            for entry in plan.active()
-            if entry.param.dtype in (torch.bfloat16, torch.float16) and entry.param.numel() and not entry.is_sparse
-        ]
-        before, self.samples = self.samples, {}
-        compared: dict[torch.device, list[tuple[Entry, torch.Tensor]]] = {}
-        for entry in entries:
-            now = _sample(entry.param)
-            known, sample = before.get(id(entry.owner), (None, None))
-            if known is not None and known() is entry.owner and sample.shape == now.shape and _has_lr(plan, entry):
-                grad = _sample(entry.param.grad)
-                has_stalled = (now == sample).all() & ((grad != 0) & grad.isfinite()).any()
-                compared.setdefault(now.device, []).append((entry, has_stalled))
-            self.samples[id(entry.owner)] = TensorWeakRef(entry.owner), now
-        self.next_look = FIRST_COMPARISON if self.next_look == 1 else self.next_look * FACTOR
-        self.answers = [_answer(device, there) for device, there in compared.items()]
-        if self.answers and all(answer.arrival is None for answer in self.answers):
-            self._report(plan.owner)
+    def report(self) -> None:
+        """Called before each step: warns of what the look after an earlier one has found, if the answer is there.
 
-    def _report(self, owner: str) -> None:
+        Before it, because a warning can be an error, and a step that raises an error must not have changed anything.
+        """
+        if not self.answers or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return
+        if not all(answer.is_there() for answer in self.answers):
+            return
         answers, self.answers = self.answers, []
         stalled = [
-            entry
+            (answer, entry)
             for answer in answers
             for entry, has_stalled in zip(answer.entries, answer.has_stalled.tolist(), strict=True)
             if has_stalled
         ]
         if stalled:
             self.next_look, self.samples = math.inf, {}  # it has been said
+            answer, entry = stalled[0]
             more = f" (and {len(stalled) - 1} more parameters)" if len(stalled) > 1 else ""
             warn(
-                f"{owner}: {stalled[0]}{more}: no step has changed it so far, because each update is less than half the "
-                "distance to the next number of this dtype and is rounded away. Keep parameters in float32 and compute "
-                "under torch.autocast, or take a larger learning rate"
+                f"{answer.owner}: {entry}{more}: the last {answer.num_steps} steps have not changed it, because each update "
+                "is less than half the distance to the next number of this dtype and is rounded away. Unless the learning "
+                "rate is still rising, keep parameters in float32 and compute under torch.autocast, or take a larger "
+                "learning rate"
             )
 
+    def look(self, plan: Plan, num_skipped: int | torch.Tensor) -> None:
+        """Called after each step, while the plan holds the gradients. Does not wait for a device.
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of elements that are evenly spread over a tensor, at the same places in each tensor of its shape."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLES)].clone()
+        Args:
+            num_skipped: how many steps so far changed nothing.
+        """
+        self.num_steps += 1
+        # One step earlier too: a parameter that swings between two values is seen at both.
+        if self.num_steps < self.next_look - 1 or not plan.has_updated:
+            return
+        if any(bucket.is_capturing for bucket in plan.buckets):
+            return  # the next step that is not captured looks
+        there: dict[tuple[torch.device, torch.dtype], list[Entry]] = {}
+        for entry in (entry for bucket in plan.buckets for entry in bucket.entries):
+            if entry.param.dtype in (torch.bfloat16, torch.float16) and entry.param.numel():
+                there.setdefault((entry.param.device, entry.param.dtype), []).append(entry)
+        before, self.samples = self.samples, {}
+        for key, entries in there.items():
+            known = before.get(key, [])
+            if not all(sample.is_of(entries) for sample in known):
+                known = []
+            values = _picked([entry.param for entry in entries])
+            sample = Sample(
+                [TensorWeakRef(entry.owner) for entry in entries],
+                [entry.param.shape for entry in entries],
+                self.num_steps,
+                num_skipped.clone() if isinstance(num_skipped, torch.Tensor) else num_skipped,
+                values,
+            )
+            if self.num_steps < self.next_look:
+                self.samples[key] = [*known, sample]
+                continue
+            if known and known[0].num_steps < self.num_steps - 1:
+                self.answers.append(_compared(plan, entries, known, sample))
+            self.samples[key] = [sample]
+        if self.num_steps >= self.next_look:
+            self.next_look = FIRST_COMPARISON if self.next_look == 1 else self.next_look * FACTOR
 
 
-def _has_lr(plan: Plan, entry: Entry) -> bool:
+def _compared(plan: Plan, entries: list[Entry], known: list[Sample], now: Sample) -> Answer:
+    """Which of the parameters have a gradient, and are in all samples the same."""
+    moved = torch.stack([sample.values != now.values for sample in known]).any(0)
+    grads = torch.cat([_picked([_moving_grad(plan, entry)]) for entry in entries])
+    sizes = torch.tensor([_num_picked(shape) for shape in now.shapes])
+    owner_of = torch.repeat_interleave(torch.arange(len(entries)), sizes).to(moved.device)
+    counts = torch.zeros(2, len(entries), dtype=torch.int32, device=moved.device)
+    counts.index_add_(1, owner_of, torch.stack([moved, (grads != 0) & grads.isfinite()]).int())
+    # Where most steps were skipped, the others tell little.
+    num_steps = now.num_steps - known[0].num_steps
+    is_trained = 2 * (now.num_skipped - known[0].num_skipped) < num_steps
+    has_stalled, arrival = (counts[0] == 0) & (counts[1] > 0) & is_trained, None
+    if has_stalled.is_cuda:
+        on_host = torch.empty_like(has_stalled, device="cpu", pin_memory=True)
+        has_stalled = on_host.copy_(has_stalled, non_blocking=True)
+        arrival = torch.cuda.current_stream(moved.device).record_event()
+    return Answer(plan.owner, [*map(str, entries)], num_steps, has_stalled, arrival)
+
+
+def _moving_grad(plan: Plan, entry: Entry) -> torch.Tensor:
+    """An entry's gradient; zeros where it has none that could move it, or a sparse one, which moves few rows."""
     lr = plan.scalars[entry.group][plan.rule.hyper.index("lr")]
-    return is_elsewhere(lr) or lr != 0
+    is_still = entry.param.grad is None or entry.is_sparse or not (is_elsewhere(lr) or lr != 0)
+    return torch.zeros((), device=entry.param.device).expand(entry.param.shape) if is_still else entry.param.grad
 
 
-def _answer(device: torch.device, compared: list[tuple[Entry, torch.Tensor]]) -> Answer:
-    entries, flags = zip(*compared, strict=True)
-    has_stalled, arrival = torch.stack(flags), None
-    if device.type == "cuda":
-        has_stalled = torch.empty_like(has_stalled, device="cpu", pin_memory=True).copy_(has_stalled, non_blocking=True)
-        arrival = torch.cuda.current_stream(device).record_event()
-    return Answer([*map(str, entries)], has_stalled, arrival)
+def _stride(shape: torch.Size) -> int:
+    """Between two elements of a sample, counted in row-major order: so that they lie in many columns."""
+    stride = max(1, -(-shape.numel() // SAMPLES))
+    while stride > 1 and math.gcd(stride, shape[-1]) > 1:
+        stride += 1
+    return stride
+
+
+def _num_picked(shape: torch.Size) -> int:
+    return -(-shape.numel() // _stride(shape))
+
+
+def _picked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """A copy of up to `SAMPLES` elements of each tensor, at the same places in all of the same shape."""
+    picked = []
+    for tensor in tensors:
+        tensor, stride = tensor.detach(), _stride(tensor.shape)
+        if tensor.is_contiguous():
+            picked.append(tensor.view(-1)[::stride])
+        else:
+            places = torch.arange(0, tensor.numel(), stride, device=tensor.device)
+            picked.append(tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor.reshape(1))
+    return torch.cat(picked)

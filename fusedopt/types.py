@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -12,3 +12,4 @@ Betas: TypeAlias = Sequence[float | Tensor]
 Nonfinite: TypeAlias = Literal["propagate", "skip", "error"]
 Backend: TypeAlias = Literal["auto", "cuda", "triton", "cpu", "reference"]
 Sparse: TypeAlias = Literal["lazy"]
+Loss = TypeVar("Loss")  # what a closure returns

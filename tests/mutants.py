@@ -2485,15 +2485,15 @@ MUTANTS = [
         (
             "checkpoint: entries of wrappers are dropped",
             "fusedopt/checkpoint.py",
-            "result[name] = value.detach().to(param.device, copy=True)",
+            "result[name] = _copied(value, param.device)",
             "pass",
             "test_checkpoints.py::test_entries_that_no_rule_keeps_step_save_and_load[cpu-AdamW]",
         ),
         (
             "checkpoint: an entry of a wrapper is shared with the given dict",
             "fusedopt/checkpoint.py",
-            "value.detach().to(param.device, copy=True)",
-            "value",
+            "return value.detach().to(device, copy=True)",
+            "return value",
             "test_checkpoints.py::test_entries_that_no_rule_keeps_step_save_and_load[cpu-AdamW]",
         ),
         (
@@ -2501,14 +2501,14 @@ MUTANTS = [
             "fusedopt/checkpoint.py",
             "saved_ids = [id_of[name] for name in _names(optimizer.param_groups)]",
             "pass",
-            "test_checkpoints.py::test_states_go_by_name_where_the_order_is_another[cpu-one group-AdamW]",
+            "test_checkpoints.py::test_states_go_by_name_where_the_order_is_another[cpu-AdamW]",
         ),
         (
             "checkpoint: the saved names replace those of the parameters",
             "fusedopt/checkpoint.py",
             'saved["param_names"] = group["param_names"]',
             "pass",
-            "test_checkpoints.py::test_states_go_by_name_where_the_order_is_another[cpu-one group-AdamW]",
+            "test_checkpoints.py::test_states_go_by_name_where_the_order_is_another[cpu-AdamW]",
         ),
         (
             "checkpoint: renamed parameters are refused",
@@ -2534,15 +2534,15 @@ MUTANTS = [
         (
             "checkpoint: states of another rule accepted",
             "fusedopt/checkpoint.py",
-            "if name in OTHER_STATES or name in Rule.all_state_names():",
-            "if name in OTHER_STATES:",
+            "if name in Rule.all_state_names():",
+            "if False:",
             "test_checkpoints.py::test_checkpoint_that_does_not_fit_is_refused_whole[cpu-AdamW-of_another_rule]",
         ),
         (
             "checkpoint: states of bitsandbytes accepted",
             "fusedopt/checkpoint.py",
-            "if name in OTHER_STATES or name in Rule.all_state_names():",
-            "if name in Rule.all_state_names():",
+            "if names <= saved.keys():",
+            "if False:",
             "test_checkpoints.py::test_checkpoint_that_does_not_fit_is_refused_whole[cpu-AdamW-of_bitsandbytes]",
         ),
         (
@@ -2597,8 +2597,8 @@ MUTANTS = [
         (
             "options: what is set later is not in defaults",
             "fusedopt/optimizer.py",
-            'self._clip.max_grad_norm = self.defaults["max_grad_norm"] = ',
-            "self._clip.max_grad_norm = ",
+            'self.defaults["max_grad_norm"] = clip',
+            'self.defaults["max_grad_norm"]; clip',
             "test_drop_in.py::test_rebuilt_optimizer_clips_and_skips_as_the_first[cpu-AdamW-rebuilt_from_defaults]",
         ),
         (
@@ -2618,22 +2618,22 @@ MUTANTS = [
         (
             "options: taken silently in a group",
             "fusedopt/rules.py",
-            "        if name in group:\n            raise",
-            "        if False:\n            raise",
+            "if name not in whole or group[name] != whole[name]:",
+            "if False:",
             "test_drop_in.py::test_option_of_the_whole_optimizer_is_refused_in_a_group[cpu-AdamW-max_grad_norm]",
         ),
         (
             "options: lost where only the groups are passed on",
             "fusedopt/optimizer.py",
-            "setattr(self, name, value)",
+            "self.defaults.update(taken)",
             "pass",
             "test_drop_in.py::test_rebuilt_optimizer_clips_and_skips_as_the_first[cpu-AdamW-rebuilt_from_groups]",
         ),
         (
-            "options: taken over from any optimizer",
+            "options: taken over by a class of another rule",
             "fusedopt/optimizer.py",
-            "if other is None or other is self or groups.isdisjoint(map(id, other.param_groups)):",
-            "if other is None or other is self:",
+            "if groups.rule is not self.rule:",
+            "if False:",
             "test_drop_in.py::test_optimizer_of_other_groups_takes_nothing_over[cpu]",
         ),
         (
@@ -2717,7 +2717,7 @@ MUTANTS = [
             "SAM: a wrapper ascends by itself",
             "fusedopt/sam.py",
             "                self._ascent.ascended = active if coef is not None else []",
-            "                self._ascent = Ascent(self.rho, self.adaptive, ascended=active)",
+            "                self._ascent = Ascent(ascended=active)",
             "test_drop_in.py::test_wrapper_with_a_class_derived_from_sam[cpu-AdamW-True]",
         ),
         (
@@ -2744,8 +2744,8 @@ MUTANTS = [
         (
             "SAM: rho is lost when it is rebuilt",
             "fusedopt/sam.py",
-            "self.defaults.update(rho=rho, adaptive=self._ascent.adaptive)",
-            "self.defaults.update(rho=0.05, adaptive=False)",
+            'self.defaults = {"rho": rho,',
+            'self.defaults = {"rho": 0.05,',
             "test_drop_in.py::test_sam_is_rebuilt_from_its_class_and_defaults[cpu]",
         ),
         (

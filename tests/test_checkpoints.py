@@ -419,28 +419,81 @@ def test_entries_that_no_rule_keeps_step_save_and_load(spec):
 
 
 @every_class
-@pytest.mark.parametrize("grouping", [(0, 0, 0, 0, 0), (0, 1, 0, 1, 1)], ids=["one group", "two groups"])
-def test_states_go_by_name_where_the_order_is_another(spec, grouping):
-    """Also from one group to another; the names of the optimizer stay those of its parameters."""
-
-    def groups(named):
-        members = zip(named, grouping, strict=True)
-        return [{"params": [item for item, _ in items]} for _, items in itertools.groupby(
-            sorted(members, key=lambda member: member[1]), key=lambda member: member[1])]  # fmt: skip
-
+def test_states_go_by_name_where_the_order_is_another(spec):
+    """Of parameters and of groups, whose options go along; the names of the optimizer stay those of its parameters."""
     shapes = ((7,), (7,), (3, 7), (7,), (7, 3))
     params, plain_params = make_params(shapes), make_params(shapes)
     names = [f"p{i}" for i in range(len(params))]
-    optimizer, plain = spec.make(groups(list(zip(names, params, strict=True)))), spec.make(plain_params)
+
+    def groups(params, order):
+        named = [(names[i], params[i]) for i in order]
+        cut = 2 if order[0] in (0, 1) else 3
+        return [{"params": named[:cut], "lr": 0.01 * cut}, {"params": named[cut:], "lr": 0.01 * (5 - cut)}]
+
+    optimizer, plain = spec.make(groups(params, (0, 1, 2, 3, 4))), spec.make(groups(plain_params, (0, 1, 2, 3, 4)))
     train(optimizer, params, 2)
-    others = dict(zip(names, clone_params(params), strict=True))
-    resumed = spec.make(groups([*others.items()][::-1]))
+    for order in ((1, 0, 4, 3, 2), (4, 2, 3, 1, 0)):
+        others = clone_params(params)
+        resumed = spec.make([{**group, "lr": 9.0} for group in groups(others, order)])
+        resumed.load_state_dict(saved(optimizer))
+        for group in resumed.param_groups:
+            assert all(others[names.index(n)] is p for n, p in zip(group["param_names"], group["params"], strict=True))
+            assert group["lr"] == 0.01 * len(group["params"])
+        train(resumed, others, 2, 2)
+        if order[0] == 1:
+            train(plain, plain_params, 4)
+        assert_same_bits(others, plain_params)
+
+
+def test_parameter_that_changed_its_group_is_refused():
+    """Whose options it should have, nothing says."""
+    params = make_params(((3,), (3,), (3,), (3,)))
+    names = ("a", "b", "c", "d")
+    named = dict(zip(names, params, strict=True))
+
+    def make(*groups):
+        return fusedopt.AdamW([{"params": [(name, named[name]) for name in group]} for group in groups])
+
+    optimizer = make("ab", "cd")
+    train(optimizer, params, 1)
+    other = make("ac", "bd")
+    with (
+        nothing_changes(other),
+        pytest.raises(ValueError, match=r"parameter 'c' is in param_groups\[0\] here and in another"),
+    ):
+        other.load_state_dict(saved(optimizer))
+
+
+def test_negative_gradient_of_another_librarys_adan_is_not_taken_for_ours():
+    """pytorch_optimizer keeps -g under the name of our g, and its step count in the group."""
+    params = make_params(SHAPES)
+    optimizer = fusedopt.Adan(params)
+    train(optimizer, params, 2)
+    checkpoint = saved(optimizer)
+    checkpoint["param_groups"][0]["step"] = 2
+    for state in checkpoint["state"].values():
+        del state["step"]
+    with nothing_changes(optimizer), pytest.raises(ValueError, match="state 'step' is missing"):
+        optimizer.load_state_dict(checkpoint)
+
+
+@every_class
+def test_entries_of_the_users_own_are_no_parameters_and_no_other_rules(spec):
+    params = make_params(SHAPES)
+    optimizer = spec.make(params)
+    train(optimizer, params, 2)
+    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    optimizer.param_groups[0]["params"].append(frozen)
+    if any(optimizer.state.values()):
+        optimizer.state[frozen]["ema"] = torch.ones(3)
+    optimizer.state["ema"] = {"step": 5, "decay": 0.9}
+    if optimizer.state.get(params[0]):
+        optimizer.state[params[0]].update({name: torch.ones(2) for name in ("prev", "mu", "eta", "ax", "step_size")})
+    resumed = spec.make(clone_params([*params, frozen]))
     resumed.load_state_dict(saved(optimizer))
-    train(resumed, [*others.values()], 2, 2)
-    train(plain, plain_params, 4)
-    assert_same_bits(others.values(), plain_params)
-    for group in resumed.param_groups:
-        assert all(others[name] is param for name, param in zip(group["param_names"], group["params"], strict=True))
+    assert resumed.state["ema"] == {"step": 5, "decay": 0.9}
+    if optimizer.state.get(params[0]):
+        assert {"prev", "mu", "eta", "ax", "step_size"} <= resumed.state[resumed.param_groups[0]["params"][0]].keys()
 
 
 def test_parameters_that_have_other_names_throughout_go_by_position():
@@ -462,7 +515,10 @@ def test_names_that_contradict_the_order_are_refused():
     optimizer = fusedopt.AdamW(list(zip(("a", "b", "c"), params, strict=True)))
     train(optimizer, params, 1)
     others = fusedopt.AdamW(list(zip(("b", "a", "d"), clone_params(params), strict=True)))
-    with nothing_changes(others), pytest.raises(ValueError, match="parameter 'b' at another position, and lacks 'd'"):
+    with (
+        nothing_changes(others),
+        pytest.raises(ValueError, match="parameter 'b' is at another position there, and 'd' is missing"),
+    ):
         others.load_state_dict(saved(optimizer))
 
 
@@ -627,12 +683,23 @@ def option_of_the_whole_optimizer(checkpoint):
 
 def of_bitsandbytes(checkpoint):
     for state in checkpoint["state"].values():
+        state.clear()
         state["state1"] = torch.ones(3)
+
+
+def missing_optional_state(checkpoint):
+    """The options of the checkpoint ask for it."""
+    for group in checkpoint["param_groups"]:
+        group.update({name: True for name in ("amsgrad", "centered") if name in group})
+
+
+def names_that_are_none(checkpoint):
+    checkpoint["param_groups"][0]["param_names"] = [["a"]]
 
 
 def of_another_rule(checkpoint):
     for state in checkpoint["state"].values():
-        state["old_param"] = torch.ones(3)
+        state["previous_grad" if "previous_grad" not in state else "square_avg"] = torch.ones(3)
 
 
 def one_id_for_two(checkpoint):
@@ -678,9 +745,11 @@ WRONG = {
     group_without_params: r"param_groups\[1\] has no list 'params'",
     keyed_by_strings: r"state has keys that are no parameter's: '0', '1', '2', …",
     of_a_parameter_that_is_not_there: r"state has keys that are no parameter's: 99",
-    option_of_the_whole_optimizer: r"param_groups\[1\]: 'nonfinite' is an option of the whole optimizer",
+    option_of_the_whole_optimizer: r"param_groups\[1\]: 'nonfinite' applies to the whole optimizer",
     of_bitsandbytes: r"param_groups\[0\]\['params'\]\[0\]: \w+ has no state 'state1'",
-    of_another_rule: r"param_groups\[0\]\['params'\]\[0\]: \w+ has no state 'old_param'",
+    missing_optional_state: r"param_groups\[0\]\['params'\]\[0\]: state '(max_exp_avg_sq|grad_avg)' is missing",
+    names_that_are_none: r"param_groups\[0\]\['param_names'\] is no list of names",
+    of_another_rule: r"param_groups\[0\]\['params'\]\[0\]: \w+ has no state '(previous_grad|square_avg)'",
     one_id_for_two: r"param_groups\[0\]\['params'\]\[1\]: it has the same id, 0, as another parameter",
 }
 
@@ -694,6 +763,7 @@ def applies(spec, change):
         step_in_words: spec.rule.keeps_step,
         missing_step: spec.rule.keeps_step,
         step_per_element: spec.rule.keeps_step,
+        missing_optional_state: spec.rule.name in ("adam", "rmsprop"),
         optional_state_of_another_shape: spec.rule.name in ("adam", "rmsprop"),
     }.get(change, True)
 

@@ -333,7 +333,7 @@ def shards_of_fsdp1_skip_together_or_the_step_refuses_to_unscale(rank):
                         param.grad.view(-1)[0] = math.inf
                 if fused:
                     before = [param.detach().clone() for param in model.parameters()]
-                    with pytest.raises(RuntimeError, match=r"is a shard of FSDP1, .*: leave out fused=True"):
+                    with pytest.raises(RuntimeError, match=r"belongs to FSDP1, .*, or leave out fused=True"):
                         scaler.step(optimizer)
                     assert all(map(same_bits, before, (param.detach() for param in model.parameters())))
                     break

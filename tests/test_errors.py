@@ -1209,6 +1209,10 @@ def second_thread(optimizer, param):
     return step
 
 
+def of_bitsandbytes(checkpoint):
+    checkpoint["state"][0] = {"step": 2, "state1": torch.ones(13, 7), "state2": torch.ones(13, 7)}
+
+
 def without_first_moments(checkpoint):
     for state in checkpoint["state"].values():
         del state["exp_avg"]
@@ -1303,6 +1307,7 @@ state_set("a step count of NaN", "step", lambda o, param: torch.tensor(math.nan)
 state_set("a step count of infinity", "step", lambda o, param: torch.tensor(math.inf))
 state_set("a step count in words", "step", lambda o, param: "three")
 state_set("a step count that is another parameter's", "step", lambda o, param: one_count(o, torch.tensor(3)))
+state_set("a step count in a dtype that stops at 256", "step", lambda o, param: torch.tensor(2.0).bfloat16())
 state_set("a step count for each element", "step", lambda o, param: torch.ones(2))
 damaged("`grad_scale` of zero", lambda o, param: setattr(o, "grad_scale", torch.tensor(0.0)))
 damaged("`grad_scale` of NaN", lambda o, param: setattr(o, "grad_scale", torch.tensor(math.nan)))
@@ -1321,7 +1326,7 @@ saved_state("a checkpoint of other shapes", exp_avg=torch.ones(2))
 saved_state("a checkpoint with integer states", exp_avg=torch.ones(13, 7, dtype=torch.int64))
 saved_state("a checkpoint with a step of NaN", step=torch.tensor(math.nan))
 saved_state("a checkpoint of another class", momentum_buffer=torch.ones(13, 7))
-saved_state("a checkpoint of bitsandbytes", state1=torch.ones(13, 7))
+loaded("a checkpoint of bitsandbytes", of_bitsandbytes)
 loaded("a checkpoint without first moments", without_first_moments)
 loaded("a checkpoint whose parameters are strings", keyed_by_strings)
 loaded(

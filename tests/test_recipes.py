@@ -1,7 +1,9 @@
 """Parameter groups by weight decay, and the recipes: the papers' numbers, each of which can be replaced."""
 
+import copy
 import doctest
 import importlib
+import pickle
 import re
 import warnings
 
@@ -342,7 +344,7 @@ def test_namesake_in_torch_has_the_same_settings_but_does_not_clip():
         ({"weight_decay": -1}, ValueError, "weight_decay must be >= 0, got -1"),
         ({"warmup_steps": 10}, ValueError, "warmup_steps must be at most total_steps, got 10 > 9"),
         ({"min_lr_ratio": 2}, ValueError, "min_lr_ratio must be in [0, 1], got 2"),
-        ({"max_grad_norm": -1}, ValueError, "max_grad_norm must be >= 0"),
+        ({"max_grad_norm": -1}, ValueError, "max_grad_norm must be > 0"),
         ({"model": [nn.Parameter(torch.ones(2))]}, TypeError, "model must be a torch.nn.Module, got a list"),
     ],
 )
@@ -427,3 +429,12 @@ def test_every_number_is_in_the_docstring_with_its_paper(name):
     for setting in RECIPES[name](nn.Linear(3, 2), 100).settings:
         for number in re.findall(r"\b\d+(?:\.\d+|e-\d+)\b", repr(setting.value).replace("e-0", "e-")):
             assert float(number) in {*map(float, re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", doc))}, (setting.name, number)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda recipe: pickle.loads(pickle.dumps(recipe))])
+def test_recipe_can_be_copied(duplicate):
+    recipe = fusedopt.recipes.rnn(torch.nn.LSTM(2, 3), 10)
+    again = duplicate(recipe)
+    assert type(again) is type(recipe) and (again.name, again.settings) == (recipe.name, recipe.settings)
+    optimizer, scheduler = again
+    assert again.optimizer is optimizer and scheduler.optimizer is optimizer and str(again) == str(recipe)

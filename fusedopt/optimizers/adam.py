@@ -147,9 +147,7 @@ class AdamW(Adam):
         sparse: Sparse | None = None,
     ):
         if decoupled_weight_decay is not True:  # an argument at all so that AdamW(params, **opt.defaults) works
-            raise ValueError(
-                f"AdamW decouples weight decay: use Adam, got decoupled_weight_decay={decoupled_weight_decay}"
-            )
+            raise ValueError("AdamW always decouples weight decay; use Adam for decoupled_weight_decay=False")
         super().__init__(
             params,
             lr,
