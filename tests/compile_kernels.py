@@ -73,10 +73,10 @@ def compile_variant(variant):
     """(its name, what the compiler made of it)."""
     import triton
     import triton.language as tl
-    from fusedopt.kernels import engine, rules
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from fusedopt.kernels import engine, rules
     from fusedopt.rules import RULES
 
     target, kernel, stores, param, grad = variant

@@ -343,6 +343,16 @@ def shards_of_fsdp1_skip_together_or_the_step_refuses_to_unscale(rank):
                 assert scaler.get_scale() == 4.0
                 assert {float(state["step"]) for state in optimizer.state.values()} <= {2.0}
     model = FSDP(Model(), device_id=torch.device("cpu"))
+    clipping, skipping = (
+        fusedopt.AdamW(model.parameters(), **o) for o in ({"max_grad_norm": 1.0}, {"nonfinite": "skip"})
+    )
+    model(randn((8, 5))).square().sum().backward()
+    for call in (clipping.step, skipping.step, lambda: skipping.clip_grad_norm_(1.0)):
+        with pytest.raises(
+            RuntimeError, match="belongs to FSDP1, of which each process would take the norm of its own shard"
+        ):
+            call()
+    model.zero_grad()
     optimizer = fusedopt.AdamW(model.parameters(), lr=0.01, fused=True)
     scaler = ShardedGradScaler(device="cpu", init_scale=8.0)
     scaler.scale(model(randn((8, 5))).square().sum()).backward()

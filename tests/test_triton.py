@@ -14,10 +14,10 @@ pytest.importorskip("triton")
 
 import compile_kernels
 import triton
-from fusedopt.kernels import engine
 from helpers import in_a_new_process, make_params, same_bits, set_grads
 
 import fusedopt
+from fusedopt.kernels import engine
 
 BLOCK = engine.launch_options(engine.update, (4, 4, 4), 32, None)["BLOCK"]
 CHUNK = engine.CHUNK
