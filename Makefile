@@ -30,11 +30,11 @@ train: $(VENV)/built
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
 
-lint: $(VENV)/built
+lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-fuzz: $(VENV)/built
+fuzz: $(VENV)/ready
 	FUZZ_EXAMPLES=$(N) $(BIN)/python -m pytest -q -rP tests/test_fuzz.py --hypothesis-seed=$(SEED) $(ARGS)
 
 bench: $(VENV)/built
@@ -45,10 +45,10 @@ gpu: $(VENV)/made
 	PATH="$$PATH:/usr/local/cuda/bin" FUSEDOPT_REQUIRE_CPU=1 FUSEDOPT_BUILD_CUDA=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m tests.gpu --out $(OUT) $(ARGS)
 
-kernels: $(VENV)/built
+kernels: $(VENV)/ready
 	$(BIN)/python -m tests.compile_kernels --all $(ARGS)
 
-mutants: $(VENV)/built
+mutants: $(VENV)/ready
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 # A build apart; python itself is not sanitized, so the runtimes must be there before it (libstdc++ for their view of throw).
@@ -69,7 +69,7 @@ sanitized = $(SANITIZER_OPTIONS) LD_PRELOAD="$(call runtimes,$(2))" \
 
 build/sanitize-address/built: FUSEDOPT_SANITIZE := address,undefined
 build/sanitize-thread/built: FUSEDOPT_SANITIZE := thread
-build/sanitize-%/built: $(VENV)/built $(SOURCES) $(shell find fusedopt kernels -name '*.py')
+build/sanitize-%/built: $(VENV)/ready $(SOURCES) $(shell find fusedopt kernels -name '*.py')
 	FUSEDOPT_SANITIZE=$(FUSEDOPT_SANITIZE) FUSEDOPT_BUILD_CUDA=0 $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize-$* --build-lib build/sanitize-$*/lib
 	@touch $@
@@ -88,7 +88,12 @@ $(VENV)/made: Makefile
 	@touch $@
 
 $(VENV)/built: $(VENV)/made $(SOURCES)
-	FUSEDOPT_REQUIRE_CPU=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	FUSEDOPT_REQUIRE_CPU=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
+	@touch $@
+
+# What tests need besides; to train and to measure takes less.
+$(VENV)/ready: $(VENV)/built
+	$(BIN)/python -m pip install --quiet "fusedopt[test]"
 	@touch $@
 
 clean:
