@@ -218,6 +218,8 @@ class Plan:
             self._mirrors += entry.mirrors
         planned = [entry for entry in entries if not entry.is_idle]
         self._of_fsdp1 = next((entry for entry in planned if dtensor.is_of_fsdp1(entry.owner)), None)
+        if self._of_fsdp1 is not None and self.rule.num_sums:
+            self._fail(TypeError, self._of_fsdp1, "belongs to FSDP1, but the rule sums over whole tensors, not shards")
         self._check_overlap(planned)
         is_double = any(entry.compute_dtype == torch.float64 for entry in planned)
         self.norm_dtype = torch.float64 if is_double else torch.float32

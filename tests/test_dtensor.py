@@ -352,6 +352,12 @@ def shards_of_fsdp1_skip_together_or_the_step_refuses_to_unscale(rank):
             RuntimeError, match="belongs to FSDP1, of which each process would take the norm of its own shard"
         ):
             call()
+    for spec in SPECS:
+        if spec.rule.num_sums:
+            with pytest.raises(TypeError, match="belongs to FSDP1, but the rule sums over whole tensors"):
+                spec.make(model.parameters()).step()
+    with pytest.raises(RuntimeError, match="belongs to FSDP1"):
+        fusedopt.SAM(model.parameters(), lr=0.1).first_step()
     model.zero_grad()
     optimizer = fusedopt.AdamW(model.parameters(), lr=0.01, fused=True)
     scaler = ShardedGradScaler(device="cpu", init_scale=8.0)
