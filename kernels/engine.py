@@ -91,7 +91,8 @@ def _sum_of_squares(
     """Adds the squares of a block to `sums`, in float64: those of no float32 overflow or vanish there."""
     values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)
     if weight is not None:
-        is_weighted = (offsets < limit) & (weight != 0) & (values != 0)
+        # One limit instead of `& (weight != 0)`: Triton 3.9's interpreter cannot join a block of bools with a single one.
+        is_weighted = (offsets < tl.where(weight != 0, limit, 0)) & (values != 0)
         values *= tl.load(weight.to(tl.pointer_type(PARAM_DTYPE)) + offsets, mask=is_weighted, other=1).to(tl.float64)
     if GRAD_DTYPE == tl.float64:
         huge, tiny = values * TINY, values * HUGE
