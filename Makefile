@@ -5,6 +5,7 @@
 # make gpu     on a machine with a GPU: its tests, quick benchmark and compute-sanitizer, reports in OUT=runs/gpu
 # make sanitize  the tests that reach the CPU engine, under the address, undefined-behaviour and thread sanitizers (Linux, GCC)
 # make kernels   what the compilers make of every GPU kernel, Triton's for many GPUs; none need be there
+# make versions  the oldest and newest Python, torch, Triton and NumPy, each in an environment of its own   (ARGS="oldest")
 # make mutants planted bugs, each of which a test must notice   (ARGS="Lion norm" takes those whose names contain a word)
 #
 # Needs python3 >= 3.10 and a C++ compiler. Makes .venv; uses the torch and Triton that python3 already has, else installs
@@ -22,7 +23,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py fusedopt/_C.pyi $(shell find csrc -type f)
 
-.PHONY: train test lint fuzz kernels mutants bench gpu sanitize clean
+.PHONY: train test lint fuzz kernels versions mutants bench gpu sanitize clean
 
 train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -47,6 +48,9 @@ gpu: $(VENV)/made
 
 kernels: $(VENV)/ready
 	$(BIN)/python -m tests.compile_kernels --all $(ARGS)
+
+versions:
+	$(PYTHON) -m tests.versions $(ARGS)
 
 mutants: $(VENV)/ready
 	$(BIN)/python -m tests.mutants $(ARGS)

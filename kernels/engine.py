@@ -24,6 +24,8 @@ import triton.language as tl
 PARAM: tl.constexpr = tl.constexpr(0)
 STATE: tl.constexpr = tl.constexpr(1)
 
+VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
 CHUNK = 4096  # elements of one tensor that a program takes before it looks for more
 THREADS = 256
 PROGRAMS_PER_PROCESSOR = 8  # of the grid; more than fit at once, so that none waits for the last ones
@@ -51,7 +53,8 @@ def launch_options(kernel, itemsizes, warp_size, capability):
     }
     if capability is not None:  # registers a thread may use: left alone, the compiler spills some to fit more programs
         is_small, is_large = {*itemsizes} == {4} and len(itemsizes) < 6, max(itemsizes) == 8 and len(itemsizes) >= 6
-        options["maxnreg"] = 64 if kernel is global_norm or is_small else 160 if is_large else 128
+        fewest = 64 if VERSION < (3, 7) else 96  # from 3.7 on some kernels spill at 64, and at 3.9 one still does at 88
+        options["maxnreg"] = fewest if kernel is global_norm or is_small else 160 if is_large else 128
         if capability >= 120 or (capability >= 100 and kernel is global_norm and min(itemsizes) == 2):
             options["maxnreg"] += 16  # where some still spill
     return options
@@ -91,7 +94,8 @@ def _sum_of_squares(
     """Adds the squares of a block to `sums`, in float64: those of no float32 overflow or vanish there."""
     values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)
     if weight is not None:
-        is_weighted = (offsets < limit) & (weight != 0) & (values != 0)
+        # One limit instead of `& (weight != 0)`: Triton 3.9's interpreter cannot join a block of bools with a single one.
+        is_weighted = (offsets < tl.where(weight != 0, limit, 0)) & (values != 0)
         values *= tl.load(weight.to(tl.pointer_type(PARAM_DTYPE)) + offsets, mask=is_weighted, other=1).to(tl.float64)
     if GRAD_DTYPE == tl.float64:
         huge, tiny = values * TINY, values * HUGE

@@ -245,7 +245,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 ignores_fork_warning = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def run_in_fork(body: Callable[[], bytes | None], timeout: float = 30) -> bytes:
+def run_in_fork(body: Callable[[], bytes | None], timeout: float = 300) -> bytes:
     """What body() returns in a forked child, which must end well, and in time."""
     reader, writer = os.pipe()
     child = os.fork()

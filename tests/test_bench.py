@@ -64,7 +64,8 @@ def test_json_holds_every_figure_of_every_row(tmp_path):
     assert set(rows["AdamW", True]["ratio"]) == {"torch fused", "torch foreach"}
     assert set(rows["NAdam", False]["ratio"]) == {"torch foreach"} and rows["Lion", False]["ratio"] == {}
     for row in written["results"]:
-        assert row["cores_used_by_others"] is None or 0 <= row["cores_used_by_others"] <= os.cpu_count()
+        others = row["cores_used_by_others"]  # counted in ticks of 10 ms, of which so short a run has few
+        assert others is None or 0 <= others <= 4 * os.cpu_count()
         assert row["params"] == 33 * 65 + 1021 + 7
         assert all(len(samples) == 3 and min(samples) > 0 for samples in row["step_ms"].values())
         assert set(row["check"]) == set(row["ratio"]) and all(0 <= part <= 1 for part in row["check"].values())

@@ -11,8 +11,19 @@ import time
 import gpu
 import pytest
 import torch
-from cases import CASES, DTYPES, can_mix_dtypes, check_parity, dtype_id, random_grads, random_params, set_grad
-from helpers import in_a_new_process, make_params, nothing_changes, randn, same_bits, set_grads
+from cases import (
+    CASES,
+    DTYPES,
+    POWER_ERROR,
+    Oracle,
+    can_mix_dtypes,
+    check_parity,
+    dtype_id,
+    random_grads,
+    random_params,
+    set_grad,
+)
+from helpers import clone_params, in_a_new_process, make_params, nothing_changes, randn, same_bits, set_grads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
@@ -53,33 +64,81 @@ def test_kernels_take_every_dtype(case, dtypes, backend):
     check_parity(case, *dtypes, sizes=SMALL_SIZES, steps=3, backend=backend)
 
 
+@pytest.mark.parametrize("count", [1, 10])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_one_step_is_the_same_on_all_backends_within_two_ulp(case, dtypes):
-    """Of the computing dtype; all round each operation once, only powers of betas and norms are computed in another way; more
-    where a rule depends on sums over its tensor, which are added up in another order and multiply all of the update. States
-    too, so that each element has its own: where all steps exchange the same ones, the parameters do not show it.
+def test_one_step_is_the_same_on_all_backends_to_rounding(case, dtypes, count):
+    check_one_step(case, dtypes, count, ("cpu", *GPU_BACKENDS))
+
+
+@pytest.mark.parametrize("direction", [-1, 1], ids=["down", "up"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bounds_hold_where_powers_are_rounded_otherwise(case, direction, monkeypatch):
+    """The interpreter takes its powers from NumPy, whose exp2 differs in the last place between CPUs."""
+    triton_interpreter = pytest.importorskip("triton_interpreter")
+    triton_interpreter.move_powers(monkeypatch, direction)
+    for count in (1, 10):
+        check_one_step(case, (torch.float64, torch.float64), count, ("cpu", "triton"))
+    check_parity(case, torch.float64, torch.float64, sizes=SMALL_SIZES, steps=3, backend="triton")
+
+
+def check_one_step(case, dtypes, count, backends):
+    """The step with that count, from the same parameters and states on all of these backends.
+
+    All backends round each operation once and in the same order, so their states have the same bits. Scalars that are computed
+    from powers may differ. In float64 `Oracle.spread` bounds what these differences do to the parameter. In float32 a scalar
+    is the same number or its neighbour, because it is rounded from float64. Two such scalars, and up to six operations on the
+    update after them that each round to a neighbour, make 8 eps of the update. The last one or two operations round the
+    parameter, to 1 ulp each. A rule that sums over its tensor gets 16 eps more: backends add in different orders.
     """
     if dtypes[0] != dtypes[1] and not can_mix_dtypes():
         pytest.skip("this torch wants gradients in the parameter's dtype")
-    runs = {}
-    for name in ("cpu", *GPU_BACKENDS):
-        if BACKENDS[name].unavailable() is not None:
-            continue
-        params = random_params(SMALL_SIZES, dtypes[0])
-        optimizer = case.make(params, backend=name)
-        for param, grad in zip(params, random_grads(SMALL_SIZES, dtypes[1], 0), strict=True):
-            set_grad(param, grad)
-        optimizer.step()
-        runs[name] = [tensor.detach() for p in params for tensor in (p, *optimizer.state[p].values())]
-    if len(runs) == 1:
+    backends = [name for name in backends if BACKENDS[name].unavailable() is None]
+    if len(backends) == 1:
         pytest.skip("no backend for GPUs works here")
+
+    start, first = random_params(SMALL_SIZES, dtypes[0]), None
+    if count > 1:
+        first = case.make(start, backend="cpu")
+        take_step(first, start, dtypes[1], 0)
+        for state in first.state.values():
+            if "step" in state:
+                state["step"].fill_(count - 1)
+    runs = {}
+    for name in backends:
+        params = clone_params(start)
+        optimizer = case.make(params, backend=name)
+        if first is not None:
+            optimizer.load_state_dict(first.state_dict())
+        take_step(optimizer, params, dtypes[1], 1)
+        runs[name] = params, [optimizer.state[param] for param in params]
+
+    oracle = Oracle(case, optimizer.param_groups[0], start, has_other_powers=True)
+    if first is not None:
+        oracle.load(start, first, count - 1)
+    oracle.step([param.grad for param in params])
+    spreads = oracle.spread.split(SMALL_SIZES)
+    eps = torch.finfo(torch.float64 if dtypes[0] == torch.float64 else torch.float32).eps
     for one, other in itertools.combinations(runs, 2):
-        for ours, theirs in zip(runs[one], runs[other], strict=True):
-            ulp = torch.nextafter(theirs.abs(), torch.full_like(theirs, torch.inf)) - theirs.abs()
-            sums = case.rule.num_sums and theirs.numel()
-            more = 16 * torch.finfo(theirs.dtype).eps * theirs.abs().amax() if sums else 0
-            assert ((ours - theirs).abs() <= 2 * ulp + more).all(), f"{one} and {other} differ"
+        for i, (before, ours, theirs) in enumerate(zip(start, runs[one][0], runs[other][0], strict=True)):
+            before, ours, theirs = (tensor.detach() for tensor in (before, ours, theirs))
+            ulp = (torch.nextafter(theirs.abs(), torch.full_like(theirs, torch.inf)) - theirs.abs()).double()
+            bound = 2 * ulp + 8 * eps * (theirs.double() - before.double()).abs() + spreads[i]
+            if case.rule.num_sums and theirs.numel():
+                bound += 16 * torch.finfo(theirs.dtype).eps * theirs.double().abs().amax()
+            assert ((ours.double() - theirs.double()).abs() <= bound).all(), f"{one} and {other} differ"
+            for name, ours in runs[one][1][i].items():
+                theirs = runs[other][1][i][name]
+                if name == case.rule.extra:  # the product of factors in (0, 1) that are linear in a power
+                    assert abs(ours - theirs) <= POWER_ERROR + torch.finfo(ours.dtype).eps, f"{one} and {other}: {name}"
+                else:
+                    assert same_bits(ours, theirs), f"{one} and {other}: {name}"
+
+
+def take_step(optimizer, params, dtype, number):
+    for param, grad in zip(params, random_grads(SMALL_SIZES, dtype, number), strict=True):
+        set_grad(param, grad)
+    optimizer.step()
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
@@ -378,7 +437,7 @@ def test_what_a_capture_uploads_is_not_there_afterwards(monkeypatch, backend):
 
 def test_interrupt_between_two_launches_comes_when_all_are_made(monkeypatch, backend):
     params, other = ([*make_params(((5,),)), *make_params(((5,),), torch.float64)] for _ in range(2))
-    optimizer, plain = fusedopt.AdamW(params, backend=backend), fusedopt.AdamW(other, backend="cpu")
+    optimizer, plain = (fusedopt.AdamW(each, backend=backend) for each in (params, other))  # same powers: same bits
     launch = device.Bucket._launch
 
     def interrupted(*args, **kwargs):
@@ -499,11 +558,12 @@ def test_memory_for_a_capture_is_given_out_once(backend):
 
 def test_stage_that_does_not_end_is_ended_with_all_it_started(tmp_path):
     """And what it printed is kept; a tool that is not there is a result too."""
-    child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
-    code = (
-        f"import subprocess, sys, time; print('began', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    )
-    status, log = gpu.run(gpu.Stage("endless", [sys.executable, "-c", code], 1), 1)
+    child = f"import time; print('began', flush=True); time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"  # run() would kill it
+    for seconds in (1, 2, 4, 8, 16):  # a busy machine may need more than the first for two processes to start
+        status, log = gpu.run(gpu.Stage("endless", [sys.executable, "-c", code], seconds), seconds)
+        if log:
+            break
     assert status == "no time left" and log.startswith("began")
     time.sleep(3)
     assert not (tmp_path / "alive").exists()

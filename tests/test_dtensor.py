@@ -665,7 +665,7 @@ def outcomes():
         ]
         try:
             for process in started:
-                process.wait(timeout=240)
+                process.wait(timeout=900)
         except subprocess.TimeoutExpired:
             pass
         finally:

@@ -378,7 +378,7 @@ def test_unknown_instruction_set_is_refused_at_import():
         env={**os.environ, "FUSEDOPT_CPU_ISA": "x86_64_v9"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert result.returncode != 0
     assert "FUSEDOPT_CPU_ISA='x86_64_v9' is not available on this CPU; it has " in result.stderr
@@ -1079,9 +1079,9 @@ def test_overlap_is_found_among_many_woven_views_in_time():
     columns = [torch.nn.Parameter(pool[:, i]) for i in range(300)]
     optimizer = fusedopt.SGD([*columns, torch.nn.Parameter(pool[7:9, 123:125])], lr=0.1)
     set_grads(columns, 0)
-    began = time.perf_counter()
+    began = time.process_time()  # not of the clock, which runs on while other programs have the CPU
     optimizer.step()
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     set_grads(optimizer.param_groups[0]["params"], 1)
     with pytest.raises(
         ValueError, match=r"\['params'\]\[(12[34]|300)\].* shares memory with .*\['params'\]\[(12[34]|300)\]"
@@ -1094,9 +1094,9 @@ def test_wide_strides_cost_nothing():
     param = torch.nn.Parameter(storage.as_strided((3, 2), (6_000_000, 9_000_000)))
     param.grad = torch.ones(3, 2)
     optimizer = fusedopt.SGD([param], lr=1.0)
-    began = time.perf_counter()
+    began = time.process_time()
     optimizer.step()
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
     assert torch.equal(param.detach(), torch.full((3, 2), -1.0))
 
 

@@ -328,7 +328,9 @@ def test_signal_during_a_step_leaves_it_done_or_not_done(spec, kind, threads):
     old_handler = signal.signal(signal.SIGALRM, handler)
     generator = random.Random(spec.name)
     try:
-        for step in range(1, 9):
+        for step in range(1, 200):
+            if step > 8 and num_raised > 0:
+                break  # on a busy machine the first signals may all have come too late
             set_grads(params, step)
             for param, plain_param in zip(params, plain_params, strict=True):
                 plain_param.grad = param.grad
@@ -505,9 +507,9 @@ def test_other_process_trains_as_this_one(method):
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context(method).Process(target=train_and_send, args=(sender,))
     process.start()
-    assert receiver.poll(60), "the process hangs"
+    assert receiver.poll(300), "the process hangs"
     assert receiver.recv_bytes() == expected
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 0
 
 

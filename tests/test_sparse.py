@@ -203,7 +203,7 @@ def test_gradient_dtypes(on_backend):
 
 
 @hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_rows(data):
     """Case, dtype, sizes and rows drawn."""
     case = data.draw(st.sampled_from(SPARSE_CASES))
@@ -402,9 +402,9 @@ def test_time_does_not_depend_on_the_number_of_rows(on_backend):
         times = []
         for step in range(20):
             param.grad = sparse_grad(param.shape, in_random_order(step, 200, num_rows), seed=step)
-            started = time.perf_counter()
+            started = time.process_time()
             opt.step()
-            times.append(time.perf_counter() - started)
+            times.append(time.process_time() - started)
         return min(times)
 
     assert fastest(1_000_000) < 10 * fastest(1_000)

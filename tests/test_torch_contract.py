@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import importlib
 import inspect
 import io
 import math
@@ -1547,6 +1548,10 @@ def test_plan_takes_at_most_a_hundredth_of_the_states():
 
 def test_compiled_model_trains():
     """`step` is outside of torch.compile, whoever calls it."""
+    try:
+        importlib.import_module("torch._inductor.runtime.hints")
+    except ImportError as error:  # that of torch 2.6 needs a Triton older than 3.6
+        pytest.skip(f"torch.compile does not work here: {error}")
     params = make_params(((13, 7),))
     optimizer = fusedopt.AdamW(params)
 

@@ -44,3 +44,16 @@ def patch_once(globals_id, function):
 np.seterr(all="ignore")  # a GPU does not warn of an overflow either
 interpreter._convert_float = convert_float_as_hardware
 interpreter._patch_lang = lambda function: patch_once(id(function.__globals__), function)
+
+
+def move_powers(monkeypatch, direction):
+    """Moves every power by one unit in the last place, down (-1) or up (1), until the end of the test."""
+    create_exp2 = interpreter.InterpreterBuilder.create_exp2
+
+    def moved(self, exponent):
+        power = create_exp2(self, exponent)
+        assert power.data.dtype == np.float64, "the rules take powers in float64"
+        power.data = np.nextafter(power.data, direction * np.inf)
+        return power
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_exp2", moved)
