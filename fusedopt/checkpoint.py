@@ -94,7 +94,8 @@ def _in_order(groups: list[dict[str, Any]], saved_groups: Any) -> Any:
     if not isinstance(saved_groups, list) or not all(isinstance(saved, Mapping) for saved in saved_groups):
         return saved_groups
     ours = [sorted(group.get("param_names") or ()) for group in groups]
-    theirs = [sorted(map(str, saved.get("param_names") or ())) for saved in saved_groups]
+    named = [saved.get("param_names") for saved in saved_groups]
+    theirs = [sorted(map(str, names)) if isinstance(names, list) else [] for names in named]
     if [] in ours or ours == theirs or len({*map(tuple, ours)}) < len(ours) or sorted(ours) != sorted(theirs):
         return saved_groups
     return [saved_groups[theirs.index(names)] for names in ours]
@@ -219,10 +220,6 @@ def _state_differences(
     own_states = {state.name: state for state in rule.states}
     scalars = ["step"] * rule.keeps_step + [rule.extra] * bool(rule.extra)
     param_of: dict[Any, torch.Tensor] = {}
-    # Without any, the checkpoint is of something else; with some, a parameter that has none has not stepped yet.
-    has_own = any(
-        isinstance(saved, Mapping) and not own_states.keys().isdisjoint(saved) for saved in saved_state.values()
-    )
     for entry in loaded:
         where, param = entry.where, entry.param
         if param_of.setdefault(entry.saved_id, param) is not param:
@@ -233,10 +230,15 @@ def _state_differences(
         if not isinstance(saved, Mapping):
             yield f"{where}: its state is a {type(saved).__name__}, not a dict"
             continue
+        is_new = own_states.keys().isdisjoint(saved)
+        for names in OTHER_OPTIMIZERS if is_new else ():
+            if names <= saved.keys():
+                yield f"{where}: {name_of_class} has no state {', '.join(map(repr, sorted(names)))}"
         # torch's SGD too has no momentum before its first step with momentum; else every state is there from the first step on.
         stored = [kept.name for kept in rule.stored(entry.group) if kept and (rule.keeps_step or kept.option is None)]
-        is_new = has_own and own_states.keys().isdisjoint(saved) and "step" not in saved
-        for name in [] if is_new else [*scalars, *stored]:
+        # A frozen one has never stepped; what it has is a wrapper's.
+        is_frozen = is_new and "step" not in saved and not param.requires_grad
+        for name in [] if is_frozen else [*scalars, *stored]:
             if saved.get(name) is None:
                 yield f"{where}: state {name!r} is missing (it has {', '.join(map(str, saved))})"
         for name, value in saved.items():
@@ -249,10 +251,6 @@ def _state_differences(
                 reason = _misfit(value, param, shape) if kept else _no_count(value)
                 if reason:
                     yield f"{where}: state {name!r} {reason}"
-        if own_states.keys().isdisjoint(saved):
-            for names in OTHER_OPTIMIZERS:
-                if names <= saved.keys():
-                    yield f"{where}: {name_of_class} has no state {', '.join(map(repr, sorted(names)))}"
     tensors_of_rules = Rule.all_state_names() - {"step"}  # a user's own entry may well have a step
     strangers = [
         repr(key)

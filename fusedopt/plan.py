@@ -351,13 +351,10 @@ class Plan:
         Raises:
             RuntimeError: a parameter is FSDP1's.
         """
-        if self._of_fsdp1 is not None:
-            self._fail(
-                RuntimeError,
-                self._of_fsdp1,
-                "belongs to FSDP1, of which each process would take the norm of its own shard: clip by the model's own "
-                "clip_grad_norm_(), and leave out max_grad_norm and nonfinite; or use fully_shard (FSDP2)",
-            )
+        self._refuse_fsdp1(
+            "take the norm of its own shard: clip by the model's own clip_grad_norm_(), and leave out max_grad_norm and "
+            "nonfinite; or use fully_shard (FSDP2)"
+        )
 
     def grad_norm(self) -> float:
         """2-norm of all gradients, as they are stored, on all processes that they are spread over."""
@@ -399,13 +396,14 @@ class Plan:
         Raises:
             RuntimeError: a parameter is FSDP1's.
         """
+        self._refuse_fsdp1(
+            "look for infinities in its own shard alone: call the scaler's unscale_(optimizer) before its step, or leave out "
+            "fused=True"
+        )
+
+    def _refuse_fsdp1(self, reason: str) -> None:
         if self._of_fsdp1 is not None:
-            self._fail(
-                RuntimeError,
-                self._of_fsdp1,
-                "belongs to FSDP1, of which each process would look for infinities in its own shard alone: call the "
-                "scaler's unscale_(optimizer) before its step, or leave out fused=True",
-            )
+            self._fail(RuntimeError, self._of_fsdp1, f"belongs to FSDP1, of which each process would {reason}")
 
     def on_any_process(self, found_inf: float | torch.Tensor) -> float | torch.Tensor:
         """Whether any of the processes that parameters are spread over has found it; each of them asks."""

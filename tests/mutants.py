@@ -2941,7 +2941,7 @@ MUTANTS = [
         (
             "checkpoint: an entry of a frozen parameter is taken for a broken state",
             "fusedopt/checkpoint.py",
-            "in [] if is_new else [*scalars, *stored]:",
+            "in [] if is_frozen else [*scalars, *stored]:",
             "in [*scalars, *stored]:",
             "test_checkpoints.py::test_entries_of_the_users_own_are_no_parameters_and_no_other_rules[cpu-AdamW]",
         ),

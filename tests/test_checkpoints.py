@@ -489,7 +489,7 @@ def test_entries_of_the_users_own_are_no_parameters_and_no_other_rules(spec):
     optimizer.state["ema"] = {"step": 5, "decay": 0.9}
     if optimizer.state.get(params[0]):
         optimizer.state[params[0]].update({name: torch.ones(2) for name in ("prev", "mu", "eta", "ax", "step_size")})
-    resumed = spec.make(clone_params([*params, frozen]))
+    resumed = spec.make(clone_params([*params, frozen]))  # which stays frozen
     resumed.load_state_dict(saved(optimizer))
     assert resumed.state["ema"] == {"step": 5, "decay": 0.9}
     if optimizer.state.get(params[0]):
@@ -694,7 +694,7 @@ def missing_optional_state(checkpoint):
 
 
 def names_that_are_none(checkpoint):
-    checkpoint["param_groups"][0]["param_names"] = [["a"]]
+    checkpoint["param_groups"][0]["param_names"], checkpoint["param_groups"][1]["param_names"] = [["a"]], 7
 
 
 def of_another_rule(checkpoint):
