@@ -2628,7 +2628,7 @@ MUTANTS = [
             "fusedopt/optimizer.py",
             "for name in self._whole_options.keys() - given if isinstance(param_group, dict) else ():",
             "for name in ():",
-            "test_drop_in.py::test_options_of_the_whole_optimizer_are_in_defaults_and_repr_and_in_no_group[cpu-AdamW]",
+            "test_drop_in.py::test_sam_is_rebuilt_from_its_class_and_defaults[cpu]",
         ),
         (
             "options: not shown",
