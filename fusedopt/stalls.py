@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from fusedopt.errors import warn
+from fusedopt.errors import name_param, warn
 from fusedopt.rules import is_elsewhere
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class Answer:
     """Which parameters did not move, on its way from their device."""
 
     owner: str
-    entries: list[str]
+    places: list[tuple[int, int, str | None]]  # group, index and name of each parameter
+    params: list[TensorWeakRef]
     num_steps: int
     has_stalled: torch.Tensor  # bool, one element per entry, in host memory once `is_there`
     arrival: torch.cuda.Event | None
@@ -80,20 +81,20 @@ class StallWatch:
             return
         answers, self.answers = self.answers, []
         stalled = [
-            (answer, entry)
+            (answer, place, param())
             for answer in answers
-            for entry, has_stalled in zip(answer.entries, answer.has_stalled.tolist(), strict=True)
-            if has_stalled
+            for place, param, has_stalled in zip(answer.places, answer.params, answer.has_stalled.tolist(), strict=True)
+            if has_stalled and param() is not None
         ]
         if stalled:
             self.next_look, self.samples = math.inf, {}  # it has been said
-            answer, entry = stalled[0]
+            answer, place, param = stalled[0]
             more = f" (and {len(stalled) - 1} more parameters)" if len(stalled) > 1 else ""
             warn(
-                f"{answer.owner}: {entry}{more}: the last {answer.num_steps} steps have not changed it, because each update "
-                "is less than half the distance to the next number of this dtype and is rounded away. Unless the learning "
-                "rate is still rising, keep parameters in float32 and compute under torch.autocast, or take a larger "
-                "learning rate"
+                f"{answer.owner}: {name_param(*place, param)}{more}: the last {answer.num_steps} steps have not changed it, "
+                "because each update is less than half the distance to the next number of this dtype and is rounded away. "
+                "Unless the learning rate is still rising, keep parameters in float32 and compute under torch.autocast, or "
+                "take a larger learning rate"
             )
 
     def look(self, plan: Plan, num_skipped: int | torch.Tensor) -> None:
@@ -117,7 +118,7 @@ class StallWatch:
             known = before.get(key, [])
             if not all(sample.is_of(entries) for sample in known):
                 known = []
-            values = _picked([entry.param for entry in entries])
+            values = torch.cat([_picked(entry.param) for entry in entries])
             sample = Sample(
                 [TensorWeakRef(entry.owner) for entry in entries],
                 [entry.param.shape for entry in entries],
@@ -138,8 +139,8 @@ class StallWatch:
 def _compared(plan: Plan, entries: list[Entry], known: list[Sample], now: Sample) -> Answer:
     """Which of the parameters have a gradient, and are in all samples the same."""
     moved = torch.stack([sample.values != now.values for sample in known]).any(0)
-    grads = torch.cat([_picked([_moving_grad(plan, entry)]) for entry in entries])
     sizes = torch.tensor([_num_picked(shape) for shape in now.shapes])
+    grads = torch.cat([_picked_grad(plan, entry) for entry in entries])
     owner_of = torch.repeat_interleave(torch.arange(len(entries)), sizes).to(moved.device)
     counts = torch.zeros(2, len(entries), dtype=torch.int32, device=moved.device)
     counts.index_add_(1, owner_of, torch.stack([moved, (grads != 0) & grads.isfinite()]).int())
@@ -151,14 +152,16 @@ def _compared(plan: Plan, entries: list[Entry], known: list[Sample], now: Sample
         on_host = torch.empty_like(has_stalled, device="cpu", pin_memory=True)
         has_stalled = on_host.copy_(has_stalled, non_blocking=True)
         arrival = torch.cuda.current_stream(moved.device).record_event()
-    return Answer(plan.owner, [*map(str, entries)], num_steps, has_stalled, arrival)
+    places = [(entry.group, entry.index, entry.name) for entry in entries]
+    return Answer(plan.owner, places, now.params, num_steps, has_stalled, arrival)
 
 
-def _moving_grad(plan: Plan, entry: Entry) -> torch.Tensor:
-    """An entry's gradient; zeros where it has none that could move it, or a sparse one, which moves few rows."""
+def _picked_grad(plan: Plan, entry: Entry) -> torch.Tensor:
+    """Of an entry's gradient; zeros where it has none that could move it, or a sparse one, which moves few rows."""
     lr = plan.scalars[entry.group][plan.rule.hyper.index("lr")]
-    is_still = entry.param.grad is None or entry.is_sparse or not (is_elsewhere(lr) or lr != 0)
-    return torch.zeros((), device=entry.param.device).expand(entry.param.shape) if is_still else entry.param.grad
+    if entry.param.grad is None or entry.is_sparse or not (is_elsewhere(lr) or lr != 0):
+        return torch.zeros(_num_picked(entry.param.shape), device=entry.param.device)
+    return _picked(entry.param.grad)
 
 
 def _stride(shape: torch.Size) -> int:
@@ -173,14 +176,10 @@ def _num_picked(shape: torch.Size) -> int:
     return -(-shape.numel() // _stride(shape))
 
 
-def _picked(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """A copy of up to `SAMPLES` elements of each tensor, at the same places in all of the same shape."""
-    picked = []
-    for tensor in tensors:
-        tensor, stride = tensor.detach(), _stride(tensor.shape)
-        if tensor.is_contiguous():
-            picked.append(tensor.view(-1)[::stride])
-        else:
-            places = torch.arange(0, tensor.numel(), stride, device=tensor.device)
-            picked.append(tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor.reshape(1))
-    return torch.cat(picked)
+def _picked(tensor: torch.Tensor) -> torch.Tensor:
+    """Up to `SAMPLES` elements of a tensor, at the same places in all of the same shape; its memory, or a copy."""
+    tensor, stride = tensor.detach(), _stride(tensor.shape)
+    if tensor.is_contiguous():
+        return tensor.view(-1)[::stride]
+    places = torch.arange(0, tensor.numel(), stride, device=tensor.device)
+    return tensor[torch.unravel_index(places, tensor.shape)]
