@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "runs/versions"
 TESTS = (
     "test_torch_contract.py",
+    "test_drop_in.py",
     "test_checkpoints.py",
     "test_clip.py",
     "test_device.py",
