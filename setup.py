@@ -109,12 +109,14 @@ def tell(message):
     if sys.stderr.isatty():
         return
     # Must not hold up the build: a terminal may stop a background process that writes to it (stty tostop), or be full.
-    before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    with contextlib.suppress(OSError):  # there is no terminal
-        terminal = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
-        with open(terminal, "w") as file:
-            file.write(message)
-    signal.signal(signal.SIGTTOU, before or signal.SIG_DFL)
+    with contextlib.suppress(OSError, ValueError):  # there is no terminal; or this is not the main thread
+        before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        try:
+            terminal = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            with open(terminal, "w") as file:
+                file.write(message)
+        finally:
+            signal.signal(signal.SIGTTOU, before or signal.SIG_DFL)
 
 
 def num_jobs():

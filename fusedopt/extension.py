@@ -20,9 +20,8 @@ def build_command(variables: str) -> str:
     """The command that builds a missing part of this package, and where to run it; the variables make a failure an error."""
     install = f"{variables} {shlex.quote(sys.executable or 'python3')} -m pip install"
     tree = FOLDER.parent
-    if (tree / "setup.py").exists() and (
-        tree / "csrc"
-    ).exists():  # another install would not change what is imported here
+    # In a source tree another install would not change what is imported here.
+    if (tree / "setup.py").exists() and (tree / "csrc").exists():
         return f"`{install} --no-deps --editable {shlex.quote(str(tree))}`"
     return f"in the folder of fusedopt's sources, `{install} --force-reinstall --no-deps --no-cache-dir .`"
 
