@@ -356,11 +356,11 @@ class Bucket {
       entry.operands[Entry::first_state + i] = operand(state.data, *state.layout, is_strided);
     }
     const Seen& count = also_written(planned, step);
-    entry.step = reinterpret_cast<float*>(count.data);
+    entry.step = reinterpret_cast<float*>(scalar(count, {DType::float32}));
     if (!extra.is_none()) {
-      const Seen& scalar = also_written(planned, extra);
-      entry.extra = scalar.data;
-      entry.extra_dtype = DType(scalar.layout->dtype);
+      const Seen& kept = also_written(planned, extra);
+      entry.extra = scalar(kept, {DType::float32, DType::float64});
+      entry.extra_dtype = DType(kept.layout->dtype);
     }
     if (!source.is_none()) {
       const Seen& saved = also_written(planned, source);
@@ -648,8 +648,22 @@ class Bucket {
     return {tensor.ptr(), info.data, &layouts_.back(), Trail(tensor.ptr())};
   }
 
+  // The tables of codecs and of loops have a place for these dtypes alone.
+  static DType checked_dtype(const Layout& layout) {
+    if (layout.dtype < 0 || layout.dtype >= num_dtypes) throw py::type_error("a tensor's dtype has no codec");
+    return DType(layout.dtype);
+  }
+
+  // A count that an update reads and writes itself.
+  static char* scalar(const Seen& tensor, std::initializer_list<DType> dtypes) {
+    const DType dtype = checked_dtype(*tensor.layout);
+    if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end() || tensor.layout->extent() != itemsize(dtype))
+      throw py::type_error("a count's dtype is not supported, or it has several elements");
+    return tensor.data;
+  }
+
   static Operand operand(char* data, const Layout& layout, bool is_strided) {
-    return {data, DType(layout.dtype), is_strided ? layout.strides.data() : nullptr};
+    return {data, checked_dtype(layout), is_strided ? layout.strides.data() : nullptr};
   }
 
   const bool is_host_;

@@ -736,6 +736,7 @@ class Plan:
             if value is None:
                 value = made[kept.name] = first_state(rule, group, kept, entry.owner)
             self._check_state(entry, kept.name, value, rule.state_shape(group, kept, entry.owner.shape))
+            self._check_stored(entry, kept.name, value, backend_of(param.device, entry.has_kernels))
             entry.states[i] = self._part_of(value)
         if rule.keeps_step:
             entry.step = counts["step"]
@@ -779,6 +780,15 @@ class Plan:
             self._fail(TypeError, entry, f"{what} is {short_dtype(value)}, not {expected}")
         if value.numel() > 0 and _overlaps_itself(dtensor.part_of(value)):
             self._fail(RuntimeError, entry, f"several elements of {what} share one address")
+
+    def _check_stored(self, entry: Entry, name: str, value: torch.Tensor, backend: ModuleType) -> None:
+        """A dtype that the backend's tables know; they would read another one's memory as something else."""
+        real = value.dtype.to_real() if value.is_complex() else value.dtype
+        is_narrower = entry.compute_dtype == torch.float32 and real in backend.STATE_DTYPES
+        if real != entry.compute_dtype and not is_narrower:
+            name_of_backend = backend.__name__.rpartition(".")[2]
+            reason = f"state {name!r} is {short_dtype(value)}, which backend={name_of_backend!r} cannot store states in"
+            self._fail(TypeError, entry, reason)
 
 
 def combine_norms(parts: list[torch.Tensor]) -> torch.Tensor:

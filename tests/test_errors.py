@@ -29,6 +29,7 @@ from helpers import (
 
 import fusedopt
 from fusedopt.errors import UNCHANGED
+from fusedopt.extension import _C
 from fusedopt.rules import RANGES
 
 pytestmark = pytest.mark.usefixtures("on_backend")
@@ -999,6 +1000,59 @@ def test_state_over_other_memory_is_refused(what):
     message = r"AdamW.step: param_groups\[0\]\['params'\]\[\d\].* shares memory with .*; they must lie apart; nothing"
     with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
         optimizer.step()
+
+
+@pytest.mark.parametrize("is_strided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_state_of_another_dtype_is_refused(dtype, is_strided):
+    """Put into the optimizer's state by hand, between two steps."""
+    params = [torch.nn.Parameter(randn((40, 6), seed=i).t() if is_strided else randn((40, 6))) for i in range(2)]
+    optimizer = fusedopt.AdamW(params)
+    train(optimizer, params, 2)
+    optimizer.state[params[1]]["exp_avg"] = optimizer.state[params[1]]["exp_avg"].to(dtype).contiguous()
+    set_grads(params, 2)
+    message = (
+        rf"AdamW.step: param_groups\[0\]\['params'\]\[1\].*state 'exp_avg' is {str(dtype)[6:]}, not float32; nothing"
+    )
+    with nothing_changes(optimizer), pytest.raises(TypeError, match=message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("is_strided", [False, True])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8])
+def test_state_dtype_that_a_backend_has_no_codec_for_is_refused(
+    on_backend, state_dtype, param_dtype, is_strided, monkeypatch
+):
+    """Though planning lets it pass: no table may hold it, as the engines would read it as something else."""
+    if (on_backend, state_dtype, param_dtype) == ("cpu", torch.bfloat16, torch.float32):
+        return  # it has a codec
+    monkeypatch.setattr("fusedopt.plan.state_dtype", lambda param: state_dtype)
+    params = [torch.nn.Parameter(randn((40, 6), param_dtype).t()[:, :: 1 + is_strided]) for _ in range(2)]
+    optimizer = fusedopt.AdamW(params)
+    set_grads(params, 0)
+    message = (
+        rf"AdamW.step: param_groups\[0\]\['params'\]\[0\].*state 'exp_avg' is {str(state_dtype)[6:]}, which backend="
+    )
+    with nothing_changes(optimizer), pytest.raises(TypeError, match=message):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@only_on("cpu", "it has the tables")
+def test_cpp_table_refuses_what_it_has_no_codec_for():
+    """The last guard, behind those that name the parameter."""
+    rule = _C.rules["adam"][0]
+    param, exp_avg, step = torch.zeros(8), torch.zeros(8), torch.zeros(())
+    for dtype in (torch.int8, torch.uint8, torch.int64, torch.bool):
+        for i in range(4):
+            tensors = [param, exp_avg, exp_avg, step]
+            tensors[i] = tensors[i].to(dtype)
+            param_or_other, first, second, count = tensors
+            with pytest.raises(TypeError, match="has no codec"):
+                _C.Bucket(True).add(param_or_other, None, [first, second, None], count, None, None, rule, 0, False)
+    with pytest.raises(TypeError, match="count's dtype is not supported, or it has several elements"):
+        _C.Bucket(True).add(param, None, [exp_avg, exp_avg, None], param, None, None, rule, 0, False)
 
 
 @pytest.mark.parametrize("value", [-5.0, math.nan])

@@ -92,9 +92,10 @@ void copy_strided(const Operand& operand, const std::vector<int64_t>& shape, int
 template <bool to_tile>
 void copy_strided(const Operand& operand, const std::vector<int64_t>& shape, int64_t begin, int64_t count, void* tile) {
   switch (itemsize(operand.dtype)) {
+    case 1: return copy_strided<uint8_t, to_tile>(operand, shape, begin, count, tile);
     case 2: return copy_strided<uint16_t, to_tile>(operand, shape, begin, count, tile);
     case 4: return copy_strided<uint32_t, to_tile>(operand, shape, begin, count, tile);
-    default: return copy_strided<uint64_t, to_tile>(operand, shape, begin, count, tile);
+    case 8: return copy_strided<uint64_t, to_tile>(operand, shape, begin, count, tile);
   }
 }
 

@@ -28,8 +28,9 @@ FO_DEVICE void with_codec(DType dtype, const Visit& visit) {
     case DType::bfloat16: return visit(BFloat16());
     case DType::float16: return visit(Float16());
     case DType::float64:
-      if constexpr (sizeof(T) == 8) visit(Float64());
+      if constexpr (sizeof(T) == 8) return visit(Float64());
   }
+  __trap();  // the tables name no other
 }
 
 // ---- elements --------------------------------------------------------------------------------------------------

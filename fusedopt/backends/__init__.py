@@ -2,7 +2,7 @@
 
 `supports(device)`: whether it is made for such tensors. `unavailable(device)` is None, or the reason why it cannot be used
 there; without a device, on this machine. SCALARS_ON_DEVICE: whether it keeps step counts where the parameters are, or in host
-memory.
+memory. STATE_DTYPES: what states may be stored in where an update is computed in float32. Float64 is always stored as it is.
 
 `Bucket(rule, entries)` takes the entries of one device and offers `entries`, `refresh() -> bool` (False: it no longer fits),
 `grad_norm(is_weighted) -> float`, `first_nonfinite() -> int` (an index into `entries`, or -1), `prepare(scalars, grad_coefs,

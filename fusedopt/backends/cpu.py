@@ -41,6 +41,7 @@ if _C and _forced_isa and not _C.set_isa(_forced_isa):
 
 
 SCALARS_ON_DEVICE = False
+STATE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def unavailable(where: torch.device | None = None) -> str | None:

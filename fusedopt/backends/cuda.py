@@ -29,6 +29,7 @@ LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 RECORD = LIBRARY.with_suffix(".txt")  # what setup.py wrote: "built for ... by ...", or "not built: " and why
 DRIVER = "libcuda.so.1"
 SCALARS_ON_DEVICE = True
+STATE_DTYPES: frozenset[torch.dtype] = frozenset()
 
 
 def _structure(name: str, fields: str) -> type[ctypes.Structure]:

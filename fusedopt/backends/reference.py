@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 SCALARS_ON_DEVICE = False
+STATE_DTYPES: frozenset[torch.dtype] = frozenset()
 
 
 def unavailable(where: torch.device | None = None) -> str | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fusedopt.rules import Rule
 
 SCALARS_ON_DEVICE = True
+STATE_DTYPES: frozenset[torch.dtype] = frozenset()
 OLDEST = (3, 6)  # version of Triton: the kernels pass tuples
 
 

@@ -20,6 +20,7 @@
 #define __shared__ static  // one block runs at a time
 #define __builtin_assume(condition)
 #define __isGlobal(pointer) true
+#define __trap() __builtin_trap()
 
 struct dim3 {
   unsigned x, y = 1, z = 1;
