@@ -12,7 +12,7 @@ from fusedopt.checks import PARAM_DTYPES, listed
 from fusedopt.compiler import not_compiled
 from fusedopt.errors import name_param, named_params, warn
 from fusedopt.options import check_max_grad_norm, check_max_norm, check_nonfinite, check_sparse
-from fusedopt.plan import NO_SOURCES, Plan, Planned, Plans
+from fusedopt.plan import NO_SOURCES, Planned, Plans
 from fusedopt.record import StepRecord
 from fusedopt.rules import OPTIMIZER_OPTIONS, Rule, check_no_own, read_options
 from fusedopt.stalls import StallWatch
@@ -165,22 +165,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError, TypeError, RuntimeError: naming the parameter or option at fault. Then parameters, states and
                 step counts are exactly what they were.
         """
-        self._stalls.report()
+        if self._stalls.answers:
+            self._stalls.report()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with self._planned("step") as plan:
-            is_updated = self._update(plan)
+            scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by GradScaler
+            is_updated = step(plan, self._record, self.defaults, scale, found_inf)
             self._stalls.look(plan, is_updated, self._record)
         return loss
-
-    def _update(self, plan: Plan) -> bool:
-        """Whether the step was not skipped. GradScaler sets and deletes the two attributes."""
-        whole = self.defaults
-        limit, nonfinite = whole.get("max_grad_norm"), whole.get("nonfinite", "propagate")
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return step(plan, self._record, limit, nonfinite, scale, found_inf)
 
     def _planned(self, caller: str) -> Planned:
         """The plan for the gradients there are now, as a context; see `Planned`."""
@@ -283,6 +278,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_plans", Plans()).kept.clear()
         self.__dict__.setdefault("_stalls", StallWatch())
+        self.__dict__.setdefault("_record", StepRecord())
         for group in self.param_groups:
             for name, value in self._group_defaults().items():
                 group.setdefault(name, value)

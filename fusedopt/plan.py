@@ -262,11 +262,13 @@ class Plan:
     def _may_be_captured(self, param_groups: ParamGroups) -> bool:
         """True; or an error, if a CUDA graph is being captured that would not do in a replay what it does now."""
         capturing = [bucket for bucket in self.buckets if bucket.is_capturing]
+        if not capturing:
+            return True
         if not all(bucket.is_capturable for bucket in capturing):
             raise RuntimeError(
                 f"{self.owner}: a CUDA graph is being captured, which cannot hold sparse gradients; {UNCHANGED}"
             )
-        for index, group in enumerate(param_groups if capturing else ()):
+        for index, group in enumerate(param_groups):
             if not group.get("capturable", True):  # some classes have no such option, as in torch
                 raise RuntimeError(
                     f"{self.owner}: param_groups[{index}]: a CUDA graph is being captured, which needs "

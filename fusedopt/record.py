@@ -11,6 +11,7 @@ from torch.utils.weak import TensorWeakRef
 from fusedopt import dtensor
 from fusedopt.errors import fail
 from fusedopt.plan import Plan
+from fusedopt.types import Nonfinite
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class StepRecord:
     def __init__(self) -> None:
         self.grad_norm: torch.Tensor | None = None
         self.pending: Pending | None = None
+        self.checked: tuple[float | None, Nonfinite] = (None, "propagate")  # limit and mode of the last step
         self.num_skipped = 0
         self.num_skipped_on_device: torch.Tensor | None = None  # where a device decides, and counts
 

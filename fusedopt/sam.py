@@ -21,7 +21,7 @@ from fusedopt.optimizers import AdamW
 from fusedopt.options import flag
 from fusedopt.plan import NO_SOURCES, Planned
 from fusedopt.rules import RULES, read_options
-from fusedopt.step import fail_nonfinite, measured, measured_on_device, update
+from fusedopt.step import fail_nonfinite, measured, measured_on_device, step, update
 from fusedopt.types import Loss, Params
 
 
@@ -193,7 +193,8 @@ class SAM(FusedOptimizer):
             RuntimeError: no closure and no `first_step` before; a closure after `first_step`. And as `base`; then the
                 parameters are where they were before.
         """
-        self._stalls.report()
+        if self._stalls.answers:
+            self._stalls.report()
         if closure is None:
             if self._ascent.ascended is None and any(float(group["lr"]) != 0 for group in self.param_groups):
                 raise RuntimeError(
@@ -318,7 +319,8 @@ class SAM(FusedOptimizer):
             self.restore()
         with self._planned("step") as plan:
             with uninterrupted():  # what is where it belongs must not be brought back again
-                is_updated = self._update(plan)
+                scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+                is_updated = step(plan, self._record, self.defaults, scale, found_inf)
                 if is_updated:
                     ascent.ascended = None
             if is_updated:

@@ -70,11 +70,11 @@ class StallWatch:
     answers: list[Answer] = field(default_factory=list)
 
     def report(self) -> None:
-        """Called before each step: warns of what the look after an earlier one has found, if the answer is there.
+        """Called before a step while there are `answers`: warns of what an earlier look has found, if the answer has come.
 
         Before it, because a warning can be an error, and a step that raises an error must not have changed anything.
         """
-        if not self.answers or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
         if not all(answer.is_there() for answer in self.answers):
             return

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +20,6 @@ from fusedopt.interrupts import uninterrupted
 from fusedopt.options import check_max_grad_norm, check_nonfinite, is_elsewhere, number
 from fusedopt.plan import Plan
 from fusedopt.record import UNCLIPPED, Control, Pending, StepRecord
-from fusedopt.types import Nonfinite
 
 _NOTHING = contextlib.nullcontext()
 # What each process would do with FSDP1's parameters, and the remedies.
@@ -50,17 +50,12 @@ def clip_coefficient(norm: Any, max_norm: float) -> Any:
 
 
 def step(
-    plan: Plan,
-    record: StepRecord,
-    max_grad_norm: float | None,
-    nonfinite: Nonfinite,
-    grad_scale: Any = None,
-    found_inf: Any = None,
+    plan: Plan, record: StepRecord, whole: Mapping[str, Any], grad_scale: Any = None, found_inf: Any = None
 ) -> bool:
     """Updates every parameter of a plan that has a gradient, or skips the step.
 
     Args:
-        max_grad_norm, nonfinite: as of the optimizer.
+        whole: options of the whole optimizer; ``max_grad_norm`` and ``nonfinite`` are looked at.
         grad_scale: what the loss was multiplied with, a number or a tensor of one element; the norm is that of the unscaled
             gradients. None: 1.
         found_inf: whether the caller has already seen a gradient that is not finite, a number or a tensor of one element.
@@ -72,7 +67,9 @@ def step(
         ValueError: an argument is out of range.
         RuntimeError: ``nonfinite="error"`` and the norm is NaN or infinite; or gradients changed after a deferred clip.
     """
-    limit, nonfinite = check_max_grad_norm(max_grad_norm), check_nonfinite(nonfinite)
+    limit, nonfinite = whole.get("max_grad_norm"), whole.get("nonfinite", "propagate")
+    if (limit, nonfinite) != record.checked or type(limit) not in (float, NoneType):  # they may be set in every step
+        limit, nonfinite = record.checked = check_max_grad_norm(limit), check_nonfinite(nonfinite)
     scale = 1.0 if grad_scale is None else _unscaling(plan, grad_scale)
     found = 0.0 if found_inf is None else _found_on_any_process(plan, found_inf)
     # A deferred clip has looked at the norm already.

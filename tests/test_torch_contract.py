@@ -1591,7 +1591,7 @@ def test_step_during_a_step_of_another_thread_is_refused(spec):
             thread = threading.Thread(target=call_both)
             thread.start()
             thread.join()
-            plan.update(1.0)
+            fusedopt.step.update(plan, 1.0)
         plain.step()
         assert_same_bits(params, plain_params)
     assert len(answers) == 4
