@@ -883,7 +883,7 @@ def test_gradient_over_what_the_step_writes_is_refused(spec, what, other):
         written.data = moved
     train(optimizer, params, 2)
     params[0].grad = pool[1:]
-    message = rf"{spec.name}.step: param_groups\[0\]\['params'\]\[0\].*: gradient shares memory with {what}.*must not overlap; nothing"
+    message = rf"{spec.name}.step: .*\['params'\]\[0\].*: gradient shares memory with {what}.*not overlap; nothing"
     with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
         optimizer.step()
     params[0].grad = pool[1:].clone()
