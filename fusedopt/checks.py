@@ -16,7 +16,7 @@ from fusedopt.entry import Entry, Slot, compute_dtype
 from fusedopt.errors import fail, short_dtype
 from fusedopt.formats import Format
 from fusedopt.layout import are_same_memory, extent, is_dense, overlaps_itself
-from fusedopt.options import number
+from fusedopt.ranges import number
 from fusedopt.rules import Rule
 
 MAX_DIMS = 64  # of torch's reductions and of the C++ table

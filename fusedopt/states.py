@@ -19,7 +19,7 @@ from fusedopt.entry import Entry, Mirror, Slot, compute_dtype
 from fusedopt.errors import short_dtype
 from fusedopt.formats import Format, plain_format
 from fusedopt.layout import as_real
-from fusedopt.options import is_elsewhere
+from fusedopt.ranges import is_elsewhere
 from fusedopt.rules import Rule, State
 
 

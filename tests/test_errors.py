@@ -32,7 +32,7 @@ from fusedopt import states
 from fusedopt.errors import UNCHANGED
 from fusedopt.extension import _C
 from fusedopt.formats import Format, plain_format
-from fusedopt.options import RANGES
+from fusedopt.ranges import RANGES
 
 pytestmark = pytest.mark.usefixtures("on_backend")
 SHAPES = ((13, 7), (1021,), (5, 3, 3))
