@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from fusedopt.options import OPTIMIZER_OPTIONS
+
 
 @dataclass(frozen=True)
 class State:
@@ -165,8 +167,6 @@ class Rule:
 
 
 BETAS = ("beta1", "beta2", "beta3")  # what a group's `betas` holds
-# Options of the whole optimizer, and their defaults. As a key of a group they would have no effect, and are refused there.
-OPTIMIZER_OPTIONS = {"max_grad_norm": None, "nonfinite": "propagate", "backend": None, "sparse": None}
 # Every hyperparameter that must lie in a range: (smallest, largest, whether the largest is allowed).
 RANGES = {
     "lr": (0, math.inf, False),
