@@ -2982,6 +2982,41 @@ MUTANTS = [
             "    def _getnewargs(self)",
             "test_recipes.py::test_recipe_can_be_copied",
         ),
+        (
+            "options: not written into signatures",
+            "fusedopt",
+            "        describe(cls)\n",
+            "",
+            "test_options.py::test_signature_is_written_out",
+        ),
+        (
+            "options: their types are no hints",
+            "fusedopt",
+            "            constructor.__annotations__.update(get_type_hints(kind))\n",
+            "",
+            "test_options.py::test_signature_ends_with_the_options_of_the_list[Lion]",
+        ),
+        (
+            "options: in a docstring before the arguments of the class",
+            "fusedopt",
+            "docstring[: section.end()], *entries",
+            "*entries, docstring[: section.end()]",
+            "test_options.py::test_help_explains_every_option_once[Lion]",
+        ),
+        (
+            "options: unknown ones are dropped",
+            "fusedopt",
+            "        if name not in known:\n            takers",
+            "        if False:\n            takers",
+            "test_options.py::test_unknown_keyword_is_pythons_own_error[max_norm-Lion]",
+        ),
+        (
+            "options: a class without sparse gradients takes sparse",
+            "fusedopt",
+            "SparseOptions if takes_sparse else OptimizerOptions",
+            "SparseOptions",
+            "test_options.py::test_unknown_keyword_is_pythons_own_error[sparse-Lion]",
+        ),
     ]
 ]
 

@@ -33,10 +33,14 @@ WALLS = {
     "kernels know nothing of the package": ("kernels/*.py", [r"(import|from) fusedopt"]),
     "the reference knows torch only": ("fusedopt/reference.py", [r"(import|from) (?!torch)"]),
     "the table knows no tensor": ("fusedopt/rules.py", [r"\btorch\b(?!\.optim)", r"backends|_C\b"]),
+    "options of every class know no class, tensor or rule": (
+        "fusedopt/options.py",
+        [r"(import|from) fusedopt\.?(?!\.(types|ranges)\b|types\b)", r"\btorch\b", RULE_NAMES, HYPERPARAMETERS],
+    ),
     "who loads the extension knows no tensor": ("fusedopt/extension.py", [r"\btorch\b", r"backends|plan\b"]),
     "classes know their row and the base": (
         "fusedopt/optimizers/*.py",
-        [r"backends|data_ptr|_C\b", r"from fusedopt\.(?!optimizer\b|rules\b|types\b|optimizers\.)"],
+        [r"backends|data_ptr|_C\b", r"from fusedopt\.(?!optimizer\b|options\b|rules\b|types\b|optimizers\.)"],
     ),
     "schedules, groups and recipes know no engine": (
         "fusedopt/schedules.py fusedopt/param_groups.py fusedopt/recipes.py",
