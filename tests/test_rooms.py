@@ -35,7 +35,7 @@ WALLS = {
     "the table knows no tensor": ("fusedopt/rules.py", [r"\btorch\b(?!\.optim)", r"backends|_C\b"]),
     "options of every class know no class, tensor or rule": (
         "fusedopt/options.py",
-        [r"(import|from) fusedopt\.?(?!\.(types|ranges)\b|types\b)", r"\btorch\b", RULE_NAMES, HYPERPARAMETERS],
+        [r"(import|from) fusedopt\.?(?!\.(types|ranges)\b|(types|ranges)\b)", r"\btorch\b", RULE_NAMES, HYPERPARAMETERS],
     ),
     "who loads the extension knows no tensor": ("fusedopt/extension.py", [r"\btorch\b", r"backends|plan\b"]),
     "classes know their row and the base": (
