@@ -99,6 +99,9 @@ bool use_torch(const py::type& tensor, const std::vector<uintptr_t>& functions,
   reader.dtypes[int(DType::float64)] = reader.dtype_float64();
   reader.dtypes[int(DType::bfloat16)] = reader.dtype_bfloat16();
   reader.dtypes[int(DType::float16)] = reader.dtype_float16();
+  reader.dtypes[int(DType::int8)] = reader.dtype_int8();
+  reader.dtypes[int(DType::uint8)] = reader.dtype_uint8();
+  reader.dtypes[int(DType::int16)] = reader.dtype_int16();
   reader.complex64 = reader.dtype_complex64();
   reader.complex128 = reader.dtype_complex128();
   // An at::Tensor is one pointer. Where it lies in the Python object, and the storage's in what it points to, is torch's own
@@ -356,10 +359,10 @@ class Bucket {
       entry.operands[Entry::first_state + i] = operand(state.data, *state.layout, is_strided);
     }
     const Seen& count = also_written(planned, step);
-    entry.step = reinterpret_cast<float*>(scalar(count, {DType::float32}));
+    entry.step = reinterpret_cast<float*>(scalar(count, {Format::float32}));
     if (!extra.is_none()) {
       const Seen& kept = also_written(planned, extra);
-      entry.extra = scalar(kept, {DType::float32, DType::float64});
+      entry.extra = scalar(kept, {Format::float32, Format::float64});
       entry.extra_dtype = DType(kept.layout->dtype);
     }
     if (!source.is_none()) {
@@ -648,22 +651,25 @@ class Bucket {
     return {tensor.ptr(), info.data, &layouts_.back(), Trail(tensor.ptr())};
   }
 
-  // The tables of codecs and of loops have a place for these dtypes alone.
-  static DType checked_dtype(const Layout& layout) {
-    if (layout.dtype < 0 || layout.dtype >= num_dtypes) throw py::type_error("a tensor's dtype has no codec");
-    return DType(layout.dtype);
+  // The format that holds plain numbers of a tensor's dtype.
+  static Format plain_format(const Layout& layout) {
+    for (int i = 0; i < num_formats; ++i) {
+      if (format_facts[i].per_aux == 0 && int(format_facts[i].dtype) == layout.dtype) return Format(i);
+    }
+    throw py::type_error("a tensor's dtype has no codec");
   }
 
   // A count that an update reads and writes itself.
-  static char* scalar(const Seen& tensor, std::initializer_list<DType> dtypes) {
-    const DType dtype = checked_dtype(*tensor.layout);
-    if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end() || tensor.layout->extent() != itemsize(dtype))
+  static char* scalar(const Seen& tensor, std::initializer_list<Format> formats) {
+    const Format format = plain_format(*tensor.layout);
+    if (std::find(formats.begin(), formats.end(), format) == formats.end() ||
+        tensor.layout->extent() != itemsize(format_facts[int(format)].dtype))
       throw py::type_error("a count's dtype is not supported, or it has several elements");
     return tensor.data;
   }
 
   static Operand operand(char* data, const Layout& layout, bool is_strided) {
-    return {data, checked_dtype(layout), is_strided ? layout.strides.data() : nullptr};
+    return {data, plain_format(layout), is_strided ? layout.strides.data() : nullptr};
   }
 
   const bool is_host_;

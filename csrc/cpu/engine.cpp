@@ -91,7 +91,7 @@ void copy_strided(const Operand& operand, const std::vector<int64_t>& shape, int
 
 template <bool to_tile>
 void copy_strided(const Operand& operand, const std::vector<int64_t>& shape, int64_t begin, int64_t count, void* tile) {
-  switch (itemsize(operand.dtype)) {
+  switch (operand.item_bytes()) {
     case 1: return copy_strided<uint8_t, to_tile>(operand, shape, begin, count, tile);
     case 2: return copy_strided<uint16_t, to_tile>(operand, shape, begin, count, tile);
     case 4: return copy_strided<uint32_t, to_tile>(operand, shape, begin, count, tile);
@@ -106,19 +106,20 @@ struct alignas(64) Tile {
 // The stored elements of an operand as one contiguous run: where they lie, or gathered into `tile`.
 const void* contiguous(const Operand& operand, const std::vector<int64_t>& shape, int64_t begin, int64_t count,
                        Tile& tile) {
-  if (operand.strides == nullptr) return operand.data + begin * itemsize(operand.dtype);
+  if (operand.strides == nullptr) return operand.at(begin);
   copy_strided<true>(operand, shape, begin, count, tile.bytes);
   return tile.bytes;
 }
 
 Compute compute_of(const Entry& entry) { return entry.computes_in_double() ? in_double : in_float; }
 
-DType dtype_of(Compute compute) { return compute == in_double ? DType::float64 : DType::float32; }
+Format format_of(Compute compute) { return compute == in_double ? Format::float64 : Format::float32; }
 
 // The operand's values decoded into `values`.
 void* decode(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
   Tile stored;
-  kernels().load[compute][int(operand.dtype)](contiguous(operand, entry.shape, begin, count, stored), values.bytes, count);
+  kernels().decode[compute][int(operand.format)](contiguous(operand, entry.shape, begin, count, stored), nullptr,
+                                                 values.bytes, count);
   return values.bytes;
 }
 
@@ -146,31 +147,32 @@ void finish_streams() {}
 void encode(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, const Tile& values,
             bool is_streamed = false) {
   Tile stored;
-  const auto store = kernels().store[compute][int(operand.dtype)];
-  char* const target = operand.data + begin * itemsize(operand.dtype);
+  const auto encode_to = [&](char* target) {
+    kernels().encode[compute][int(operand.format)](values.bytes, target, nullptr, count, 0, 0);
+  };
   if (operand.strides) {
-    store(values.bytes, stored.bytes, count);
+    encode_to(stored.bytes);
     copy_strided<false>(operand, entry.shape, begin, count, stored.bytes);
   } else if (!is_streamed) {
-    store(values.bytes, target, count);
-  } else if (operand.dtype == dtype_of(compute)) {
-    stream(values.bytes, target, count * itemsize(operand.dtype));
+    encode_to(operand.at(begin));
+  } else if (operand.format == format_of(compute)) {
+    stream(values.bytes, operand.at(begin), count * operand.item_bytes());
   } else {
-    store(values.bytes, stored.bytes, count);
-    stream(stored.bytes, target, count * itemsize(operand.dtype));
+    encode_to(stored.bytes);
+    stream(stored.bytes, operand.at(begin), count * operand.item_bytes());
   }
 }
 
 // The operand's values in the compute type: in place where memory already holds just that, else decoded into `values`.
 void* fetch(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
   if (operand.data == nullptr) return nullptr;
-  if (operand.dtype == dtype_of(compute)) return const_cast<void*>(contiguous(operand, entry.shape, begin, count, values));
+  if (operand.format == format_of(compute)) return const_cast<void*>(contiguous(operand, entry.shape, begin, count, values));
   return decode(operand, entry, compute, begin, count, values);
 }
 
 // The reverse of fetch: nothing to do where the values were updated in place.
 void put_back(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
-  if (operand.dtype != dtype_of(compute)) {
+  if (operand.format != format_of(compute)) {
     encode(operand, entry, compute, begin, count, values);
   } else if (operand.strides != nullptr) {
     copy_strided<false>(operand, entry.shape, begin, count, values.bytes);
@@ -239,7 +241,7 @@ FO_HD void prefetch_row(const Entry& entry, int64_t row) {
   if (row >= int64_t(rows.touched.size())) return;
   const auto prefetch_operand = [&rows](const Operand& operand, int64_t at) __attribute__((always_inline)) {
     if (operand.data == nullptr || operand.strides) return;
-    const int64_t bytes = rows.elements * itemsize(operand.dtype);
+    const int64_t bytes = rows.elements * operand.item_bytes();
     prefetch(reinterpret_cast<uintptr_t>(operand.data + at * bytes), std::min<int64_t>(bytes, 1024));
   };
   for (int i = 0; i < num_operands; ++i) {
@@ -298,12 +300,12 @@ void with_values(const Entry& entry, int64_t begin, int64_t count, Mode mode, co
   };
   const bool is_streamed = can_stream && is_updated && mode.is_large && (mode.from_source || state >= 0);
   Values values;
-  if (!is_streamed && entry.is_direct() && (!mode.from_source || entry.source.is_direct(dtype_of(compute)))) {
+  if (!is_streamed && entry.is_direct() && (!mode.from_source || entry.source.is_direct(format_of(compute)))) {
     for (int i = 0; i < num_operands; ++i) {
       const Operand& operand = entry.operands[i];
-      values.operands[i] = operand.data ? operand.data + begin * itemsize(operand.dtype) : nullptr;
+      values.operands[i] = operand.data ? operand.at(begin) : nullptr;
     }
-    values.from = mode.from_source ? entry.source.data + begin * itemsize(entry.source.dtype) : values.operands[Entry::param];
+    values.from = mode.from_source ? entry.source.at(begin) : values.operands[Entry::param];
     return visit(values, count);
   }
   Tile source, tiles[num_operands];
@@ -353,15 +355,15 @@ double sum_of_squares(const Entry& entry, int64_t begin, int64_t count, double s
   Tile tile;
   if (entry.rows) {
     const Compute compute = compute_of(entry);
-    const auto sum = kernels().sum_of_squares[int(dtype_of(compute))];
+    const auto sum = kernels().sum_of_squares[int(format_of(compute))];
     for_each_piece(*entry.rows, begin, begin + count, [&](const Piece& piece) {
       total += sum(gradient(entry, compute, piece, tile), scale, piece.count);
     });
     return total;
   }
   const Operand& grad = entry.operands[Entry::grad];
-  const auto sum = kernels().sum_of_squares[int(grad.dtype)];
-  if (grad.strides == nullptr) return sum(grad.data + begin * itemsize(grad.dtype), scale, count);
+  const auto sum = kernels().sum_of_squares[int(grad.format)];
+  if (grad.strides == nullptr) return sum(grad.at(begin), scale, count);
   for (int64_t done = 0; done < count; done += tile_elements) {
     const int64_t n = std::min<int64_t>(tile_elements, count - done);
     total += sum(contiguous(grad, entry.shape, begin + done, n, tile), scale, n);
@@ -380,7 +382,7 @@ double weighted_sum_of_squares(const Entry& entry, int64_t begin, int64_t count,
     decode(entry.operands[Entry::param], entry, in_double, begin, n, tiles[0]);
     decode(entry.operands[Entry::grad], entry, in_double, begin, n, tiles[1]);
     for (int64_t i = 0; i < n; ++i) param[i] = weighted(grad[i], param[i]);
-    total += kernels().sum_of_squares[int(DType::float64)](param, scale, n);
+    total += kernels().sum_of_squares[int(Format::float64)](param, scale, n);
   }
   return total;
 }
@@ -397,9 +399,9 @@ FO_HD void prefetch_chunk(const Table& table, int32_t c, int32_t end, int first,
   if (!entry.is_active || entry.rows) return;
   for (int i = first; i <= last; ++i) {
     const Operand& operand = entry.operands[i];
-    const int64_t bytes = chunk.count * itemsize(operand.dtype);
+    const int64_t bytes = chunk.count * operand.item_bytes();
     if (operand.data == nullptr || operand.strides || bytes > longest) continue;
-    prefetch(reinterpret_cast<uintptr_t>(operand.data + chunk.begin * itemsize(operand.dtype)), bytes);
+    prefetch(reinterpret_cast<uintptr_t>(operand.at(chunk.begin)), bytes);
   }
 }
 
@@ -532,7 +534,7 @@ double grad_norm(Table& table, const std::vector<bool>& is_weighted, int num_thr
   // The squares of float32 and narrower neither overflow nor vanish in double; those of float64 do, far from 1.
   if (std::isnan(norm) || (norm > 0x1p-480 && norm < 0x1p510)) return norm;
   for (const Entry& entry : table.entries) {
-    if (entry.is_active && entry.operands[Entry::grad].dtype == DType::float64)
+    if (entry.is_active && entry.operands[Entry::grad].format == Format::float64)
       return scaled_norm(table, is_weighted, norm < 1 ? 0x1p540 : 0x1p-540, num_threads);
   }
   return norm;
