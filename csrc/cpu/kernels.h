@@ -1,4 +1,4 @@
-// The table of functions that is compiled once per instruction set (kernels.inl) and picked at run time (engine.cpp).
+// The table of functions that is compiled once per instruction set (kernels.inl) and picked at run time (isa.cpp).
 #pragma once
 
 #include <cstdint>
@@ -47,6 +47,7 @@ struct Kernels {
   const SumLoop* sum_of_squares;         // [format]; null: has auxiliary values. The same bits for every instruction set
 };
 
+extern const Kernels* kernels;  // those in use; null if this CPU has none of the instruction sets of the build
 #if defined(__x86_64__)
 extern const Kernels kernels_x86_64_v2, kernels_x86_64_v3, kernels_x86_64_v4;
 #else
