@@ -26,11 +26,22 @@ py::dict rule_table() {
   return table;
 }
 
+py::dict format_table() {
+  py::dict table;
+  for (int i = 0; i < num_formats; ++i) {
+    const auto& [dtype, aux_dtype, per_aux, takes_random] = format_facts[i];
+    const py::object aux = per_aux > 0 ? py::cast(dtype_names[int(aux_dtype)]) : py::none();
+    table[format_names[i]] = py::make_tuple(i, dtype_names[int(dtype)], aux, per_aux, takes_random);
+  }
+  return table;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.attr("interface") = FUSEDOPT_INTERFACE;
   m.attr("rules") = rule_table();
+  m.attr("formats") = format_table();
   m.attr("max_dims") = max_dims;
   m.attr("large_table") = cpu::large_table;
 #if defined(_OPENMP)
@@ -55,20 +66,21 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Bucket>(m, "Bucket")
       .def(py::init<bool>(), py::arg("is_host"))
       .def("add_idle", &Bucket::add_idle, py::arg("param"))
-      .def("add", &Bucket::add, py::arg("param"), py::arg("grad"), py::arg("states"), py::arg("step"), py::arg("extra"),
-           py::arg("source"), py::arg("rule"), py::arg("group"), py::arg("is_strided"))
-      .def("add_rows", &Bucket::add_rows, py::arg("param"), py::arg("keys"), py::arg("values"), py::arg("states"),
-           py::arg("step"), py::arg("extra"), py::arg("rule"), py::arg("group"), py::arg("is_strided"))
+      .def("add", &Bucket::add, py::arg("param"), py::arg("grad"), py::arg("slots"), py::arg("scalars"), py::arg("rule"),
+           py::arg("group"), py::arg("seed"), py::arg("is_strided"), py::arg("is_grad_handed"))
+      .def("add_rows", &Bucket::add_rows, py::arg("param"), py::arg("keys"), py::arg("values"), py::arg("slots"),
+           py::arg("scalars"), py::arg("rule"), py::arg("group"), py::arg("seed"), py::arg("is_strided"))
       .def("finish", &Bucket::finish)
-      .def("refresh", &Bucket::refresh, py::arg("num_threads"), py::arg("may_move"))
+      .def("refresh", &Bucket::refresh, py::arg("num_threads"), py::arg("may_move"),
+           py::arg("handed") = py::list())
       .def("grad_addresses", &Bucket::grad_addresses)
       .def("release", &Bucket::release)
       .def("active", &Bucket::active)
       .def("all_active", &Bucket::all_active)
       .def("grad_norm", &Bucket::grad_norm, py::arg("is_weighted"), py::arg("num_threads"))
       .def("first_nonfinite", &Bucket::first_nonfinite)
-      .def("update", &Bucket::update, py::arg("hyper"), py::arg("grad_coef"), py::arg("from_source"),
-           py::arg("num_threads"), py::arg("increment_version"), py::arg("written"))
+      .def("update", &Bucket::update, py::arg("hyper"), py::arg("grad_coef"), py::arg("num_threads"),
+           py::arg("increment_version"), py::arg("written"))
       .def("scratch_bytes", &Bucket::scratch_bytes);
 }
 

@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 
 #include "cpu/engine.h"
 #include "cpu/team.h"
@@ -33,11 +34,14 @@ class Bucket {
     planned_.push_back(planned);
   }
 
-  // `grad` may be None (the layout of `param` is then expected of a later one); states that are not stored are None.
-  // is_strided: the tensors do not share one dense layout, so elements are paired by index instead of by address.
-  // `source`, if it is not None, has the parameter's shape.
-  void add(const py::object& param, const py::object& grad, const py::list& states, const py::object& step,
-           const py::object& extra, const py::object& source, int rule, int group, bool is_strided) {
+  // slots: of the source, the parameter and each state, (tensor, index of its format, auxiliary values or None), or None if it
+  // is not stored. grad: None if there is none yet; a later one is then expected to have the layout of `param`. is_strided: the
+  // tensors do not share one dense layout, so elements are paired by index instead of by address. is_grad_handed: refresh()
+  // is given the gradient, instead of reading `param.grad`.
+  void add(const py::object& param, const py::object& grad, const py::list& slots, const py::list& scalars, int rule,
+           int group, uint32_t seed, bool is_strided, bool is_grad_handed) {
+    if (slots.size() < 2 || slots.size() > 2 + max_states || scalars.empty() || scalars.size() > max_scalars)
+      throw std::invalid_argument("a rule does not have so many states or scalars");
     Planned planned;
     planned.param = remember(param);
     planned.param_type = Py_TYPE(param.ptr());
@@ -49,6 +53,7 @@ class Bucket {
       grad_data = seen.data;
     }
     planned.grad_type = grad.is_none() ? tensor_type : Py_TYPE(grad.ptr());
+    planned.is_grad_handed = is_grad_handed;
     planned.may_be_lazy = planned.grad_layout->may_be_lazy();
     planned.entry = int(table_.entries.size());
     planned.begin = planned.end = also_written_.size();
@@ -57,34 +62,31 @@ class Bucket {
     entry.numel = planned.param.layout->numel();
     entry.rule = rule;
     entry.group = group;
-    entry.operands[Entry::param] = operand(planned.param.data, *planned.param.layout, is_strided);
-    entry.operands[Entry::grad] = operand(grad_data, *planned.grad_layout, is_strided);
-    for (size_t i = 0; i < states.size(); ++i) {
-      if (states[i].is_none()) continue;
-      const Snapshot& state = also_written(planned, states[i]);
-      entry.operands[Entry::first_state + i] = operand(state.data, *state.layout, is_strided);
+    entry.seed = seed;
+    entry.operands[Entry::grad] = {grad_data, plain_format(*planned.grad_layout),
+                                   is_strided ? planned.grad_layout->strides.data() : nullptr};
+    for (size_t i = 0; i < slots.size(); ++i) {
+      const size_t place = i < 2 ? i : i - 2 + Entry::first_state;
+      if (!slots[i].is_none()) entry.operands[place] = operand(planned, slots[i], is_strided);
     }
-    const Snapshot& count = also_written(planned, step);
-    entry.step = reinterpret_cast<float*>(scalar(count, {Format::float32}));
-    if (!extra.is_none()) {
-      const Snapshot& kept = also_written(planned, extra);
-      entry.extra = scalar(kept, {Format::float32, Format::float64});
-      entry.extra_dtype = DType(kept.layout->dtype);
-    }
-    if (!source.is_none()) {
-      const Snapshot& saved = also_written(planned, source);
-      entry.source = operand(saved.data, *saved.layout, is_strided);
-    }
+    if (slots[Entry::source].is_none() || !py::object(py::tuple(slots[Entry::param])[0]).is(param))
+      throw std::invalid_argument("the second slot is not the parameter's, or the first is missing");
+    check_formats(entry, is_strided);
+    for (size_t i = 0; i < scalars.size(); ++i) entry.scalars[i] = scalar(also_written(planned, scalars[i]));
+    if (entry.scalars[0].format != Format::float32) throw py::type_error("the step count is not float32");
     table_.entries.push_back(std::move(entry));
     planned_.push_back(planned);
   }
 
   // Some rows of a parameter, for one step without refresh(). Row k of `values` is a part of the gradient of the parameter's
   // row keys[k]; both are contiguous, and the values have a dimension for these rows and the dimensions of one of them.
-  void add_rows(const py::object& param, const py::object& keys, const py::object& values, const py::list& states,
-                const py::object& step, const py::object& extra, int rule, int group, bool is_strided) {
-    add(param, values, states, step, extra, py::none(), rule, group, is_strided);
+  void add_rows(const py::object& param, const py::object& keys, const py::object& values, const py::list& slots,
+                const py::list& scalars, int rule, int group, uint32_t seed, bool is_strided) {
+    add(param, values, slots, scalars, rule, group, seed, is_strided, true);
     Entry& entry = table_.entries.back();
+    for (const Operand& operand : entry.operands) {
+      if (operand.facts().per_aux > 1) throw py::type_error("rows would cut the blocks of a format");
+    }
     const Layout& layout = *planned_.back().grad_layout;
     const int64_t num_values = layout.shape.at(0);
     int64_t elements = 1;
@@ -106,9 +108,10 @@ class Bucket {
   }
 
   // Reads the address and layout of every parameter, state and gradient again. False: something is not as planned, make a new
-  // plan. may_move: a parameter may have other memory now, which overlaps nothing in this bucket. Holds a reference to each
-  // gradient until release(). Several threads do it, because most of the time is spent waiting for memory.
-  bool refresh(int num_threads, bool may_move) {
+  // plan. may_move: a parameter may have other memory now, which overlaps nothing in this bucket. handed: the gradients, or None,
+  // of the entries that were added with is_grad_handed, in their order. Holds a reference to each gradient until release().
+  // Several threads do it, because most of the time is spent waiting for memory.
+  bool refresh(int num_threads, bool may_move, const py::list& handed) {
     release();
     // Addresses are changed before everything is checked, so after an exception or a false this plan cannot be used again.
     if (!is_sound_) return false;
@@ -128,7 +131,7 @@ class Bucket {
             if (!planned_[k].param.is_unchanged()) has_moved = true;
           }
         },
-        [&] { are_grads_same = refresh_grads(); });
+        [&] { are_grads_same = refresh_grads(handed); });
     if (!is_same || !are_grads_same) return false;
     is_sound_ = has_moved ? may_move && follow_params() : !is_grad_over_written_;
     return is_sound_;
@@ -183,7 +186,7 @@ class Bucket {
 
   // increment_version(written) tells autograd of the update, while the other threads begin with it. If an interrupt arrives
   // there, it is raised when the update is complete.
-  void update(const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef, bool from_source,
+  void update(const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
               int num_threads, const py::function& increment_version, const py::list& written) {
     std::optional<py::gil_scoped_release> unlocked;
     const auto lead = [&] {
@@ -191,7 +194,7 @@ class Bucket {
       unlocked.emplace();
     };
     try {
-      cpu::update(table_, hyper, grad_coef, from_source, num_threads, lead);
+      cpu::update(table_, hyper, grad_coef, num_threads, lead);
     } catch (const py::error_already_set&) {
       increment_version(written);  // it may not have been reached
       throw;
@@ -214,6 +217,7 @@ class Bucket {
     PyTypeObject *param_type = nullptr, *grad_type = nullptr;
     const Layout* grad_layout = nullptr;
     PrefetchList grad;  // of the last step
+    bool is_grad_handed = false;
     bool may_be_lazy = false;  // the gradient, and the parameter too where it is complex
     size_t begin = 0, end = 0;  // into `also_written_`
     int entry = -1;             // index into the table; -1: idle
@@ -269,7 +273,9 @@ class Bucket {
           !layout.fits(now) || !layout.is_on_device_of(now) || (now.data == nullptr && layout.extent() > 0) ||
           is_lazy(planned.param.object))
         return false;
-      planned.param.data = table_.entries[planned.entry].operands[Entry::param].data = now.data;
+      Entry& entry = table_.entries[planned.entry];
+      if (!entry.reads_elsewhere()) entry.operands[Entry::source].data = now.data;
+      planned.param.data = entry.operands[Entry::param].data = now.data;
       planned.param.prefetch_list = PrefetchList(planned.param.object);
     }
     if (!find_written()) return false;
@@ -281,16 +287,17 @@ class Bucket {
     });
   }
 
-  // Whether the step count of a parameter, and its other scalar if it has one, are numbers >= 0.
+  // Whether the scalars of a parameter are numbers >= 0.
   bool counts_up(const Planned& planned) const {
     if (!is_host_) return true;
-    const Entry& entry = table_.entries[planned.entry];
-    return *entry.step >= 0 && entry.read_extra() >= 0;
+    const auto& scalars = table_.entries[planned.entry].scalars;
+    return std::all_of(scalars, scalars + max_scalars, [](const Scalar& scalar) { return scalar.read() >= 0; });
   }
 
   // The part of refresh that needs the interpreter. False: something is not as planned.
-  bool refresh_grads() {
+  bool refresh_grads(const py::list& handed) {
     TensorInfo now;
+    size_t num_handed = 0;
     num_active_ = 0;
     is_grad_over_written_ = false;
     held_.reserve(planned_.size());
@@ -298,8 +305,14 @@ class Bucket {
       prefetch_grad(i + ahead);
       Planned& planned = planned_[i];
       const bool is_idle = planned.entry < 0;
-      PyObject* grad = grad_of(planned.param.object);
-      if (grad == nullptr) throw py::error_already_set();
+      PyObject* grad;
+      if (planned.is_grad_handed) {
+        if (num_handed == handed.size()) throw std::invalid_argument("a gradient was not handed over");
+        grad = py::object(handed[num_handed++]).release().ptr();
+      } else {
+        grad = grad_of(planned.param.object);
+        if (grad == nullptr) throw py::error_already_set();
+      }
       const bool is_active = grad != Py_None;
       if (!is_active) {
         Py_DECREF(grad);
@@ -322,6 +335,7 @@ class Bucket {
       planned_data = now.data;
       planned.grad = PrefetchList(grad);
     }
+    if (num_handed != handed.size()) throw std::invalid_argument("more gradients were handed over than expected");
     return true;
   }
 
@@ -345,24 +359,54 @@ class Bucket {
     throw py::type_error("a tensor's dtype has no codec");
   }
 
-  // A count that an update reads and writes itself.
-  static char* scalar(const Snapshot& tensor, std::initializer_list<Format> formats) {
-    const Format format = plain_format(*tensor.layout);
-    if (std::find(formats.begin(), formats.end(), format) == formats.end() ||
-        tensor.layout->extent() != itemsize(format_facts[int(format)].dtype))
-      throw py::type_error("a count's dtype is not supported, or it has several elements");
-    return tensor.data;
+  // A slot as the table has it. Its tensors are remembered, unless they are the parameter.
+  Operand operand(Planned& planned, const py::handle& slot, bool is_strided) {
+    const auto [tensor, index, aux] = slot.cast<std::tuple<py::object, int, py::object>>();
+    const Snapshot seen = tensor.ptr() == planned.param.object ? planned.param : also_written(planned, tensor);
+    if (index < 0 || index >= num_formats || int(format_facts[index].dtype) != seen.layout->dtype)
+      throw py::type_error("a tensor's dtype is not that of its format, or has no codec");
+    Operand operand{seen.data, Format(index), is_strided ? seen.layout->strides.data() : nullptr};
+    const FormatFacts& facts = operand.facts();
+    if (aux.is_none() != (facts.per_aux == 0)) throw py::type_error("a format has auxiliary values, or has none");
+    if (facts.per_aux == 0) return operand;
+    const int64_t num_aux = (seen.layout->numel() + facts.per_aux - 1) / facts.per_aux;
+    const Snapshot& values = also_written(planned, aux);
+    const Layout& layout = *values.layout;
+    if (layout.dtype != int(facts.aux_dtype) || layout.shape.size() != 1 || layout.shape[0] != num_aux ||
+        (num_aux > 1 && layout.strides[0] != 1))
+      throw py::type_error("auxiliary values do not fit their format");
+    operand.aux = values.data;
+    return operand;
   }
 
-  static Operand operand(char* data, const Layout& layout, bool is_strided) {
-    return {data, plain_format(layout), is_strided ? layout.strides.data() : nullptr};
+  // The last guard for the loops, which have no codec for some formats and types to compute in. Python has refused these before,
+  // by the parameter's name.
+  static void check_formats(const Entry& entry, bool is_strided) {
+    for (int i = 0; i < Entry::num_operands; ++i) {
+      const Operand& operand = entry.operands[i];
+      const bool is_written = i != Entry::grad && i != Entry::source;
+      const bool fits = is_written ? holds_doubles(operand.format) == entry.computes_in_double()
+                                   : holds_doubles(operand.format) <= entry.computes_in_double();
+      if (operand.data != nullptr && !fits) throw py::type_error("a format does not fit the type that is computed in");
+      if (is_strided && (operand.facts().per_aux > 0 || operand.facts().takes_random))
+        throw py::type_error("a format needs elements in memory order");
+    }
+  }
+
+  // A number that an update reads and writes.
+  static Scalar scalar(const Snapshot& tensor) {
+    const Format format = plain_format(*tensor.layout);
+    if ((format != Format::float32 && format != Format::float64) ||
+        tensor.layout->extent() != itemsize(format_facts[int(format)].dtype))
+      throw py::type_error("a count's dtype is not supported, or it has several elements");
+    return {tensor.data, format};
   }
 
   const bool is_host_;
   std::deque<Layout> layouts_;  // a deque, because it never moves its elements
   Table table_;
   std::vector<Planned> planned_;
-  std::vector<Snapshot> also_written_;  // of each parameter its states, step count, extra and source
+  std::vector<Snapshot> also_written_;  // of each parameter the source, if it is other memory, states and scalars
   WrittenMemory written_;  // all of these and the parameters
   bool is_sound_ = true;               // the last refresh ran to its end and found everything as planned
   bool is_grad_over_written_ = false;  // a gradient may overlap what the update writes; not used if a parameter has moved

@@ -37,7 +37,7 @@ double weighted_sum_of_squares(const Entry& entry, int64_t begin, int64_t count,
   const double* const grad = reinterpret_cast<double*>(tiles[1].bytes);
   for (const int64_t end = begin + count; begin < end; begin += tile_elements) {
     const int64_t n = std::min<int64_t>(tile_elements, end - begin);
-    decode(entry.operands[Entry::param], entry, in_double, begin, n, tiles[0]);
+    decode(entry.operands[Entry::source], entry, in_double, begin, n, tiles[0]);
     decode(entry.operands[Entry::grad], entry, in_double, begin, n, tiles[1]);
     for (int64_t i = 0; i < n; ++i) param[i] = weighted(grad[i], param[i]);
     total += kernels->sum_of_squares[int(Format::float64)](param, scale, n);

@@ -1,4 +1,4 @@
-// The rows that a sparse gradient touches, tile by tile: an update reads and writes nothing else.
+// The rows that a sparse gradient touches, and the sum of a row's values.
 #pragma once
 
 #include "tiles.h"
@@ -62,36 +62,11 @@ FO_HD void prefetch_row(const Entry& entry, int64_t row) {
     const int64_t bytes = rows.elements * operand.item_bytes();
     prefetch(reinterpret_cast<uintptr_t>(operand.data + at * bytes), std::min<int64_t>(bytes, 1024));
   };
-  for (int i = 0; i < Entry::num_operands; ++i) {
+  for (int i = Entry::param; i < Entry::num_operands; ++i) {
     if (i != Entry::grad) prefetch_operand(entry.operands[i], rows.touched[row]);
   }
   for (int64_t k = rows.first[row]; k < std::min(rows.first[row + 1], rows.first[row] + 4); ++k)
     prefetch_operand(entry.operands[Entry::grad], rows.source[k]);
-}
-
-// Calls visit(values, count) for tiles of the elements [begin, end) of those to be updated.
-template <bool is_updated, class Visit>
-void with_rows(const Entry& entry, int64_t begin, int64_t end, const Visit& visit) {
-  constexpr int64_t rows_ahead = 4;
-  const Compute compute = compute_of(entry);
-  Tile tiles[Entry::num_operands];
-  Values values;
-  for_each_row_tile(*entry.rows, begin, end, [&](const RowTile& at) {
-    if (at.column == 0) prefetch_row(entry, at.row + rows_ahead);
-    const int64_t position = entry.rows->touched[at.row] * entry.rows->elements + at.column;
-    for (int i = 0; i < Entry::num_operands; ++i) {
-      values.operands[i] = i == Entry::grad ? const_cast<void*>(gradient(entry, compute, at, tiles[i]))
-                                            : fetch(entry.operands[i], entry, compute, position, at.count, tiles[i]);
-    }
-    values.from = values.operands[Entry::param];
-    visit(values, at.count);
-    if (is_updated) {
-      for (int i = 0; i < Entry::num_operands; ++i) {
-        if (i != Entry::grad && values.operands[i] != nullptr)
-          put_back(entry.operands[i], entry, compute, position, at.count, tiles[i]);
-      }
-    }
-  });
 }
 
 }  // namespace fusedopt::cpu

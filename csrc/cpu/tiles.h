@@ -18,12 +18,6 @@ struct alignas(64) Tile {
   char bytes[tile_elements * sizeof(double)];
 };
 
-// What a rule works on, in the compute type. The parameter is read from `from`, which is usually where it is written.
-struct Values {
-  const void* from;
-  void* operands[Entry::num_operands];
-};
-
 inline Compute compute_of(const Entry& entry) { return entry.computes_in_double() ? in_double : in_float; }
 
 // The format in which memory holds values as they are computed with.
@@ -78,8 +72,8 @@ inline const void* contiguous(const Operand& operand, const std::vector<int64_t>
 // The operand's values decoded into `values`.
 inline void* decode(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
   Tile stored;
-  kernels->decode[compute][int(operand.format)](contiguous(operand, entry.shape, begin, count, stored), nullptr,
-                                                values.bytes, count);
+  const void* const from = contiguous(operand, entry.shape, begin, count, stored);
+  kernels->decode[compute][int(operand.format)](from, operand.aux_at(begin), values.bytes, count);
   return values.bytes;
 }
 
@@ -104,12 +98,13 @@ inline void stream(const char* from, char* to, int64_t bytes) { std::memcpy(to, 
 inline void finish_streams() {}
 #endif
 
-// The reverse of decode.
+// The reverse of decode. After the step count was advanced, because the random bits depend on it.
 inline void encode(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count,
-                   const Tile& values, bool is_streamed = false) {
+                   const void* values, bool is_streamed = false) {
   Tile stored;
+  const uint32_t key = operand.facts().takes_random ? random_key(entry.seed, uint32_t(entry.scalars[0].read())) : 0;
   const auto encode_to = [&](char* target) {
-    kernels->encode[compute][int(operand.format)](values.bytes, target, nullptr, count, 0, 0);
+    kernels->encode[compute][int(operand.format)](values, target, operand.aux_at(begin), count, key, begin);
   };
   if (operand.strides) {
     encode_to(stored.bytes);
@@ -117,7 +112,7 @@ inline void encode(const Operand& operand, const Entry& entry, Compute compute, 
   } else if (!is_streamed) {
     encode_to(operand.at(begin));
   } else if (operand.format == format_of(compute)) {
-    stream(values.bytes, operand.at(begin), count * operand.item_bytes());
+    stream(static_cast<const char*>(values), operand.at(begin), count * operand.item_bytes());
   } else {
     encode_to(stored.bytes);
     stream(stored.bytes, operand.at(begin), count * operand.item_bytes());
@@ -133,11 +128,12 @@ inline void* fetch(const Operand& operand, const Entry& entry, Compute compute, 
 }
 
 // The reverse of fetch: nothing to do where the values were updated in place.
-inline void put_back(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count, Tile& values) {
+inline void put_back(const Operand& operand, const Entry& entry, Compute compute, int64_t begin, int64_t count,
+                     void* values) {
   if (operand.format != format_of(compute)) {
     encode(operand, entry, compute, begin, count, values);
   } else if (operand.strides != nullptr) {
-    copy_strided<false>(operand, entry.shape, begin, count, values.bytes);
+    copy_strided<false>(operand, entry.shape, begin, count, values);
   }
 }
 
