@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fusedopt import schedules
 from fusedopt.optimizers import SGD, Adam, AdamW, Lion
-from fusedopt.options import integer
+from fusedopt.ranges import integer
 from fusedopt.param_groups import param_groups_weight_decay
 from fusedopt.sam import SAM
 

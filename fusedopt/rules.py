@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fusedopt.options import BETAS, RANGES, check_range, flag, is_elsewhere, is_sequence, number
+from fusedopt.ranges import BETAS, RANGES, check_range, flag, is_elsewhere, is_sequence, number
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fusedopt.errors import UNCHANGED
 from fusedopt.interrupts import uninterrupted
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import AdamW
-from fusedopt.options import flag
+from fusedopt.ranges import flag
 from fusedopt.plan import NO_SOURCES, Planned
 from fusedopt.rules import RULES, read_options
 from fusedopt.step import fail_nonfinite, measured, measured_on_device, step, update

@@ -1,16 +1,12 @@
-"""What an option may be: numbers, switches, the range of every hyperparameter, and the options of a whole optimizer."""
+"""What an option of a group may be: numbers, switches, and the range of every hyperparameter."""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
-from fusedopt.types import Nonfinite, Sparse
-
-NONFINITE: tuple[Nonfinite, ...] = get_args(Nonfinite)
-SPARSE_MODES: tuple[Sparse | None, ...] = (None, "lazy")
 BETAS = ("beta1", "beta2", "beta3")  # what a group's `betas` holds
 # Every hyperparameter that must lie in a range: (smallest, largest, whether the largest is allowed).
 RANGES = {
@@ -83,58 +79,3 @@ def check_range(name: str, value: float, given: Any) -> None:
     if high < math.inf:
         bounds.append(f"{'<=' if includes_high else '<'} {high:g}")
     raise ValueError(f"{label} must be {' and '.join(bounds) or 'a finite number'}, got {given}")
-
-
-# ---- options of a whole optimizer ------------------------------------------------------------------------------
-
-
-def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
-    """The limit of every step as a float; None stays None.
-
-    Raises:
-        ValueError: zero, which configurations use for "off", negative, NaN or not a number.
-    """
-    if max_grad_norm is None:
-        return None
-    value = number("max_grad_norm", max_grad_norm)
-    if value == 0:
-        raise ValueError(
-            f"max_grad_norm must be > 0, got {max_grad_norm} (it would zero every gradient); pass None to disable clipping"
-        )
-    if not value > 0:
-        raise ValueError(f"max_grad_norm must be > 0 (inf: compute the norm, do not clip), got {max_grad_norm}")
-    return value
-
-
-def check_max_norm(name: str, max_norm: float) -> float:
-    """The limit of one clip as a float.
-
-    Raises:
-        ValueError: negative, NaN or not a number.
-    """
-    value = number(name, max_norm)
-    if not value >= 0:
-        raise ValueError(f"{name} must be >= 0 (inf: compute the norm, do not clip), got {max_norm}")
-    return value
-
-
-def check_nonfinite(value: Nonfinite) -> Nonfinite:
-    """The same value.
-
-    Raises:
-        ValueError: none of `NONFINITE`.
-    """
-    if value not in NONFINITE:
-        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, got {value!r}")
-    return value
-
-
-def check_sparse(value: Sparse | None) -> Sparse | None:
-    """The same value.
-
-    Raises:
-        ValueError: none of `SPARSE_MODES`.
-    """
-    if not any(value is mode or (isinstance(value, str) and value == mode) for mode in SPARSE_MODES):
-        raise ValueError(f"sparse must be None or 'lazy', got {value!r}")
-    return value
