@@ -18,17 +18,20 @@ WALLS = {
     ),
     "math.h needs the standard library only": ("csrc/rules/math.h", [r"#include (?!<cmath>)", r"\bfor\s*\(", r"\[\w"]),
     "storage and tables know no rule": (
-        "csrc/storage.h csrc/plan.h csrc/rows.h",
+        "csrc/storage.h csrc/table.h csrc/rows.h csrc/overlap.h",
         [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|cuda", r"#include \"(?!storage\.h|rows\.h|rules/math\.h)"],
     ),
     "the engine knows no formula and no Python": (
         "csrc/cpu/*",
         [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|cuda", r"\b(pow|exp|log)f?\s*\("],
     ),
-    "bindings do no arithmetic": ("csrc/bindings.cpp", [FORMULAS, RULE_NAMES, HYPERPARAMETERS]),
+    "bindings do no arithmetic": (
+        "csrc/bindings.cpp csrc/bucket.h csrc/tensor.h csrc/watch.h csrc/torch_abi.h",
+        [FORMULAS, RULE_NAMES, HYPERPARAMETERS],
+    ),
     "the CUDA engine knows no formula of a rule, no Python and no torch": (
         "csrc/cuda/*",
-        [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|\.\./cpu|plan\.h", r"\b(pow|exp|log)f?\s*\("],
+        [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|\.\./cpu|table\.h", r"\b(pow|exp|log)f?\s*\("],
     ),
     "kernels know nothing of the package": ("kernels/*.py", [r"(import|from) fusedopt"]),
     "the reference knows torch only": ("fusedopt/reference.py", [r"(import|from) (?!torch)"]),
