@@ -10,9 +10,9 @@ after each step: the bytes of parameters, gradients and states, the gradient nor
 each exception. The first run of a class that differs is printed; the exit status is then 1.
 
 A run uses only what both checkouts have: the classes and constructor arguments that they share, and the public interface.
-`--strict` is for checkouts that should not differ at all. It also puts step counts into the state in other forms, which older
-versions replaced. `--backend cuda` runs the CUDA kernels compiled for the host, as the tests do. FUSEDOPT_CPU_ISA chooses the
-instruction set of both sides.
+`--strict` is for checkouts that should not differ at all. Then a run also puts step counts into the state in other forms, and
+states and gradients that a step refuses: older versions answer otherwise. `--backend cuda` runs the CUDA kernels compiled for
+the host, as the tests do. FUSEDOPT_CPU_ISA chooses the instruction set of both sides.
 """
 
 from __future__ import annotations
@@ -507,10 +507,35 @@ class Run:
         wrong = dict(self.draw.choice([*self.spec["errors"], {"lr": -1.0}, {"lr": "1"}, {"maximize": 2}]))
         right = {name: group[name] for name in wrong if name in group}
         group.update(wrong)
-        self.attempt(f"step with {wrong}", lambda: optimizer.step(*([self.closure] if self.is_sam else [])))
+        self.attempt_step(optimizer, f"step with {wrong}")
         for name in wrong:
             del group[name]
         group.update(right)
+
+    def attempt_step(self, optimizer: Any, what: str) -> None:
+        self.attempt(what, lambda: optimizer.step(*([self.closure] if self.is_sam else [])))
+
+    def spoil(self) -> None:
+        """Puts in what a step refuses, and then puts it right again."""
+        optimizer, param = self.drawn_param()
+        state, grad = optimizer.state.get(param, {}), param.grad
+        if self.is_strict and grad is not None and grad.layout == torch.strided and self.chance(0.4):
+            param.grad = torch._neg_view(grad)
+            self.attempt_step(optimizer, "step with a lazily negated gradient")
+            param.grad = grad
+        elif self.is_strict and state:
+            name = self.draw.choice([*state])
+            right = state[name]
+            wrong = {
+                "dtype": torch.zeros_like(right, dtype=torch.float16),
+                "shape": torch.zeros(2, *right.shape, dtype=right.dtype),
+                "class": "1",
+                "memory": param.detach(),
+            }
+            kind = self.draw.choice([*wrong])
+            state[name] = wrong[kind]
+            self.attempt_step(optimizer, f"step with state {name!r} of another {kind}")
+            state[name] = right
 
     def edit_whole(self) -> None:
         for optimizer in self.optimizers:
@@ -595,7 +620,7 @@ class Run:
 
 HAPPENINGS: tuple[Callable[[Run], None], ...] = (
     Run.edit_options, Run.edit_options, Run.edit_out_of_range, Run.edit_whole, Run.change_threads, Run.add_group,
-    Run.touch_state, Run.count_otherwise, Run.move_param, Run.freeze, Run.load, Run.load, Run.go_on_with_another,
+    Run.touch_state, Run.count_otherwise, Run.spoil, Run.move_param, Run.freeze, Run.load, Run.load, Run.go_on_with_another,
 )  # fmt: skip
 
 
