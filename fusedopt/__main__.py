@@ -7,7 +7,7 @@ import torch
 
 import fusedopt
 from fusedopt import backends
-from fusedopt.backends import cpu, cuda, triton, watch
+from fusedopt.backends import cuda, triton, watch
 from fusedopt.extension import _C
 
 

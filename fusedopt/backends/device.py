@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from fusedopt.backends.watch import handed, table_of, with_gradient
 from fusedopt.backends.reference import first_nonfinite
+from fusedopt.backends.watch import handed, table_of, with_gradient
 from fusedopt.entry import Entry
 from fusedopt.extension import _C
 from fusedopt.interrupts import uninterrupted
