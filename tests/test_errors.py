@@ -1257,7 +1257,7 @@ def other_class(name, make, grad):
 
 def second_thread(optimizer, param):
     def step():
-        with optimizer._planned("step"):
+        with fusedopt.step.Planned(optimizer._request("step")):
             raised = []
 
             def run():
