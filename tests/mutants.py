@@ -799,15 +799,15 @@ MUTANTS = [
         (
             "CUDA: gradient's format taken from the parameter",
             "csrc/cuda/update.cuh",
-            "entry.grad_dtype = DType(args.formats[index] >> 8);",
-            "entry.grad_dtype = entry.param_dtype;",
+            "entry.grad_format = Format(args.formats[index] >> 8);",
+            "entry.grad_format = entry.param_format;",
             "test_device.py::test_kernels_take_every_dtype[cuda-AdamW(weight_decay=0.125)-bfloat16-float32]",
         ),
         (
             "CUDA: half of a narrower gradient in double",
             "csrc/cuda/block.cuh",
-            "values[i] = T(Codec::load(get<typename Codec::stored>(i)));",
-            "values[i] = T(Codec::load(get<typename Codec::stored>(i))) / (sizeof(T) / sizeof(typename Codec::stored));",
+            "values[i] = T(Codec::decode(get<typename Codec::stored>(i), NoAux()));",
+            "values[i] = T(Codec::decode(get<typename Codec::stored>(i), NoAux())) / (sizeof(T) / sizeof(typename Codec::stored));",
             "test_cuda.py::test_float64_parameters_take_narrower_gradients[torch.float32]",
         ),
         (

@@ -12,6 +12,10 @@ namespace fusedopt::cuda {
 
 constexpr int warp = 32;  // threads
 
+// What a codec decodes to: double or float.
+template <class Codec>
+using value_of = decltype(Codec::decode(typename Codec::stored(), typename Codec::aux()));
+
 // What lies `offset` bytes behind an address that was read from a table. Told that it is global memory, the compiler need not
 // ask at run time.
 template <class Stored>
@@ -20,17 +24,29 @@ FO_DEVICE Stored* global(void* address, int64_t offset = 0) {
   return reinterpret_cast<Stored*>(static_cast<char*>(address) + offset);
 }
 
-// Calls visit with the codec of a format, which is the same for all threads, of those that convert to T.
+// Calls visit with the codec of a format, which is the same for all threads, of those that decode to T or a narrower type.
 template <class T, class Visit>
-FO_DEVICE void with_codec(DType dtype, const Visit& visit) {
-  switch (dtype) {
-    case DType::float32: return visit(Float32());
-    case DType::bfloat16: return visit(BFloat16());
-    case DType::float16: return visit(Float16());
-    case DType::float64:
-      if constexpr (sizeof(T) == 8) return visit(Float64());
+FO_DEVICE void with_codec(Format format, const Visit& visit) {
+  switch (format) {
+#define FO_CASE(name, Codec)                                                       \
+  case Format::name:                                                               \
+    if constexpr (sizeof(T) >= sizeof(value_of<Codec>)) return visit(Codec());     \
+    break;
+    FO_FORMATS(FO_CASE)
+#undef FO_CASE
   }
   __trap();  // the tables name no other
+}
+
+// Bytes of a stored element.
+FO_DEVICE int size_of(Format format) {
+  switch (format) {
+#define FO_CASE(name, Codec) \
+  case Format::name: return sizeof(Codec::stored);
+    FO_FORMATS(FO_CASE)
+#undef FO_CASE
+  }
+  return 0;
 }
 
 // ---- elements --------------------------------------------------------------------------------------------------
@@ -77,8 +93,8 @@ class Part {
  public:
   static constexpr int count = Stretch<T>::per_part;
 
-  FO_DEVICE void load(const Stretch<T>& stretch, int part, void* address, DType dtype) {
-    const int size = itemsize(dtype);
+  FO_DEVICE void load(const Stretch<T>& stretch, int part, void* address, Format format) {
+    const int size = size_of(format);
     const int64_t offset = stretch.template offset<by_vectors>(part, size);
     if constexpr (by_vectors) {
       const Vector vector = *global<Vector>(address, offset);  // of halves the second time from the cache
@@ -93,8 +109,8 @@ class Part {
     }
   }
 
-  FO_DEVICE void store(const Stretch<T>& stretch, int part, void* address, DType dtype) {
-    const int size = itemsize(dtype);
+  FO_DEVICE void store(const Stretch<T>& stretch, int part, void* address, Format format) {
+    const int size = size_of(format);
     const int64_t offset = stretch.template offset<by_vectors>(part, size);
     if constexpr (by_vectors) {
       if (size == sizeof(T)) {
@@ -115,21 +131,22 @@ class Part {
     }
   }
 
-  FO_DEVICE void decode(int part, DType dtype, T (&values)[count]) {
-    with_codec<T>(dtype, [&](auto codec) {
+  FO_DEVICE void decode(int part, Format format, T (&values)[count]) {
+    with_codec<T>(format, [&](auto codec) {
       using Codec = decltype(codec);
       if constexpr (by_vectors && sizeof(typename Codec::stored) == 2) take_halves(part);
 #pragma unroll
-      for (int i = 0; i < count; ++i) values[i] = T(Codec::load(get<typename Codec::stored>(i)));
+      for (int i = 0; i < count; ++i) values[i] = T(Codec::decode(get<typename Codec::stored>(i), NoAux()));
     });
   }
 
-  FO_DEVICE void encode(DType dtype, const T (&values)[count]) {
-    with_codec<T>(dtype, [&](auto codec) {
+  FO_DEVICE void encode(Format format, const T (&values)[count]) {
+    with_codec<T>(format, [&](auto codec) {
       using Codec = decltype(codec);
       if constexpr (sizeof(T) == 4 || sizeof(typename Codec::stored) == 8) {
+        NoAux none;
 #pragma unroll
-        for (int i = 0; i < count; ++i) set(i, Codec::store(values[i]));
+        for (int i = 0; i < count; ++i) set(i, Codec::encode(values[i], none, 0));
       }
     });
   }

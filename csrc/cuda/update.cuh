@@ -27,7 +27,7 @@ struct Update {
   static constexpr int step_row = first_state_row + num_states, extra_row = step_row + 1, source_row = extra_row + 1;
   using all_states = std::make_integer_sequence<int, num_states>;
   static constexpr int num_hyper = sizeof(typename Rule::Hyper) / sizeof(double);
-  static constexpr DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;  // of states, and computed in
+  static constexpr Format format = sizeof(T) == 8 ? Format::float64 : Format::float32;  // of states, and computed in
   static_assert(chunk_elements % Stretch<T>::elements == 0);
 
   // What an entry's scalars depend on. Neighbours mostly agree.
@@ -59,7 +59,7 @@ struct Update {
   struct Entry {
     void *param, *source, *grad, *states[num_states];
     int64_t numel;
-    DType param_dtype, source_dtype, grad_dtype;
+    Format param_format, source_format, grad_format;
     bool is_aligned;
   };
 
@@ -70,11 +70,11 @@ struct Update {
     Entry entry{column[param_row], source, args.grads[index],
                 {Rule::stores[state] ? column[first_state_row + state] : nullptr ...}};
     entry.numel = args.numel[index];
-    entry.param_dtype = sizeof(T) == 8 ? dtype : DType(args.formats[index] & 0xff);
-    entry.source_dtype = args.from_source ? dtype : entry.param_dtype;  // a state of another rule
-    entry.grad_dtype = DType(args.formats[index] >> 8);
+    entry.param_format = sizeof(T) == 8 ? format : Format(args.formats[index] & 0xff);
+    entry.source_format = args.from_source ? format : entry.param_format;  // a state of another rule
+    entry.grad_format = Format(args.formats[index] >> 8);
     entry.is_aligned = is_vector(entry.param) && is_vector(entry.source) && is_vector(entry.grad) && (... && is_vector(entry.states[state])) &&
-                       (sizeof(T) == 4 || entry.grad_dtype == dtype);
+                       (sizeof(T) == 4 || entry.grad_format == format);
     return entry;
   }
 
@@ -88,22 +88,22 @@ struct Update {
     for (int part = 0; part < stretch.parts; ++part) {
       const int left = stretch.left(part);
       if (!by_vectors && left <= 0) break;
-      param.load(stretch, part, entry.source, entry.source_dtype);
-      grad.load(stretch, part, entry.grad, entry.grad_dtype);
-      ((Rule::stores[state] ? states[state].load(stretch, part, entry.states[state], dtype) : void()), ...);
+      param.load(stretch, part, entry.source, entry.source_format);
+      grad.load(stretch, part, entry.grad, entry.grad_format);
+      ((Rule::stores[state] ? states[state].load(stretch, part, entry.states[state], format) : void()), ...);
       T param_values[count], grad_values[count], state_values[num_states][count];
-      param.decode(part, entry.source_dtype, param_values);
-      grad.decode(part, entry.grad_dtype, grad_values);
-      ((Rule::stores[state] ? states[state].decode(part, dtype, state_values[state]) : void()), ...);
+      param.decode(part, entry.source_format, param_values);
+      grad.decode(part, entry.grad_format, grad_values);
+      ((Rule::stores[state] ? states[state].decode(part, format, state_values[state]) : void()), ...);
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         if (by_vectors || i * threads < left) visit(param_values[i], grad_values[i], state_values[state][i]...);
       }
       if constexpr (is_updated) {
-        param.encode(entry.param_dtype, param_values);
-        param.store(stretch, part, entry.param, entry.param_dtype);
-        ((Rule::stores[state] ? states[state].encode(dtype, state_values[state]) : void()), ...);
-        ((Rule::stores[state] ? states[state].store(stretch, part, entry.states[state], dtype) : void()), ...);
+        param.encode(entry.param_format, param_values);
+        param.store(stretch, part, entry.param, entry.param_format);
+        ((Rule::stores[state] ? states[state].encode(format, state_values[state]) : void()), ...);
+        ((Rule::stores[state] ? states[state].store(stretch, part, entry.states[state], format) : void()), ...);
       }
     }
   }

@@ -20,6 +20,7 @@ import torch
 from fusedopt.backends import device
 from fusedopt.backends.reference import as_real
 from fusedopt.extension import build_command
+from fusedopt.formats import plain_format
 from fusedopt.rules import RULES
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Library:
         known = dict(facts)
         self.is_on_host = known["memory"] == "host"
         self.chunk = int(known["chunk"])
-        self.dtypes = {getattr(torch, name): index for index, name in enumerate(known["dtypes"].split())}
+        self.formats = {name: index for index, name in enumerate(known["formats"].split())}
         self.norm_arguments = _structure("NormArguments", known["norm"])
         self.update_arguments = _structure("UpdateArguments", known["update"])
         rules = [text.split(" ", 3) for kind, text in facts if kind == "rule"]
@@ -215,8 +216,12 @@ class Kernels(device.Kernels):
         chunks = max(device.num_chunks(entries, self.chunk), 1)
         self.norm_programs = min(chunks, library.count("num_blocks", -1, 0, self._index))
         self._update_programs = min(chunks, library.count("num_blocks", *self._kernel, self._index))
+
+        def index(dtype: torch.dtype) -> int:
+            return library.formats[plain_format(dtype).name]
+
         formats = [
-            library.dtypes[as_real(entry.param.detach()).dtype] | library.dtypes[device.grad_dtype(entry)] << 8
+            index(as_real(entry.param.detach()).dtype) | index(device.grad_dtype(entry)) << 8
             for entry in entries
         ]
         self.tables = {"formats": torch.tensor(formats, dtype=torch.int32, device="cpu")}
