@@ -20,6 +20,8 @@ A grid of any size does the same, to the bit but for the norm, whose partial sum
 import triton
 import triton.language as tl
 
+from .storage import load_block, store_block
+
 # Rows of the table of addresses: the parameter, then the states, the step count, the extra scalar, and the source.
 PARAM: tl.constexpr = tl.constexpr(0)
 STATE: tl.constexpr = tl.constexpr(1)
@@ -68,31 +70,11 @@ def _is_last_program(ticket):
 
 
 @triton.jit
-def _load_block(address, offsets, limit, dtype: tl.constexpr, IS_WHOLE: tl.constexpr):
-    """Elements of a tensor. IS_WHOLE: its address is aligned to 16 bytes, and all of the block lies before the limit."""
-    pointer = address.to(tl.pointer_type(dtype))
-    if IS_WHOLE:
-        return tl.load(tl.multiple_of(pointer, 16) + offsets)
-    return tl.load(pointer + offsets, mask=offsets < limit, other=0)
-
-
-@triton.jit
-def _store_block(address, offsets, limit, values, dtype: tl.constexpr, IS_WHOLE: tl.constexpr):
-    pointer = address.to(tl.pointer_type(dtype))
-    if dtype.primitive_bitwidth < values.dtype.primitive_bitwidth:
-        values = values.to(dtype, fp_downcast_rounding="rtne")
-    if IS_WHOLE:
-        tl.store(tl.multiple_of(pointer, 16) + offsets, values)
-    else:
-        tl.store(pointer + offsets, values, mask=offsets < limit)
-
-
-@triton.jit
 def _sum_of_squares(
     sums, grad, weight, offsets, limit, GRAD_DTYPE: tl.constexpr, PARAM_DTYPE: tl.constexpr, IS_WHOLE: tl.constexpr
 ):
     """Adds the squares of a block to `sums`, in float64: those of no float32 overflow or vanish there."""
-    values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)
+    values = load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)
     if weight is not None:
         # One limit instead of `& (weight != 0)`: Triton 3.9's interpreter cannot join a block of bools with a single one.
         is_weighted = (offsets < tl.where(weight != 0, limit, 0)) & (values != 0)
@@ -183,14 +165,14 @@ def _load_values(
     """A block of an entry, whose column of the table begins at `row`: parameter, gradient and states, in DTYPE."""
     if FROM_SOURCE:
         source_address = tl.load(row + (STATE + len(STORES) + 2) * num_entries)
-        param = _load_block(source_address, offsets, limit, DTYPE, IS_WHOLE)
+        param = load_block(source_address, offsets, limit, DTYPE, IS_WHOLE)
     else:
-        param = _load_block(tl.load(row + PARAM * num_entries), offsets, limit, PARAM_DTYPE, IS_WHOLE).to(DTYPE)
-    grad = _load_block(grad_address, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(DTYPE)
+        param = load_block(tl.load(row + PARAM * num_entries), offsets, limit, PARAM_DTYPE, IS_WHOLE).to(DTYPE)
+    grad = load_block(grad_address, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(DTYPE)
     states = ()
     for i in tl.static_range(len(STORES)):
         if STORES[i]:
-            states = states + (_load_block(tl.load(row + (STATE + i) * num_entries), offsets, limit, DTYPE, IS_WHOLE),)
+            states = states + (load_block(tl.load(row + (STATE + i) * num_entries), offsets, limit, DTYPE, IS_WHOLE),)
         else:
             states = states + (grad,)  # not looked at
     return param, grad, states
@@ -207,10 +189,10 @@ def _update_block(
         row, num_entries, grad_address, offsets, limit, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, IS_WHOLE
     )
     param, states = UPDATE(scalars, param, grad, states, STORES)
-    _store_block(tl.load(row + PARAM * num_entries), offsets, limit, param, PARAM_DTYPE, IS_WHOLE)
+    store_block(tl.load(row + PARAM * num_entries), offsets, limit, param, PARAM_DTYPE, IS_WHOLE)
     for i in tl.static_range(len(STORES)):
         if STORES[i]:
-            _store_block(tl.load(row + (STATE + i) * num_entries), offsets, limit, states[i], DTYPE, IS_WHOLE)
+            store_block(tl.load(row + (STATE + i) * num_entries), offsets, limit, states[i], DTYPE, IS_WHOLE)
 
 
 @triton.jit

@@ -587,14 +587,14 @@ MUTANTS = [
         ),
         (
             "Triton: last element of a tail left out",
-            "kernels/engine.py",
+            "kernels/storage.py",
             "tl.store(pointer + offsets, values, mask=offsets < limit)",
             "tl.store(pointer + offsets, values, mask=offsets < limit - 1)",
             f"{TRITON}[triton-AdamW(weight_decay=0.125)]",
         ),
         (
             "Triton: a tail written as a whole block",
-            "kernels/engine.py",
+            "kernels/storage.py",
             "tl.store(pointer + offsets, values, mask=offsets < limit)",
             "tl.store(pointer + offsets, values, mask=offsets < limit + 1)",
             "test_device.py::test_nothing_outside_a_tensor_is_written[triton]",
@@ -616,8 +616,8 @@ MUTANTS = [
         (
             "Triton: squares of float32 in float32",
             "kernels/engine.py",
-            "values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)",
-            "values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE)\n    values = (values * values).to(tl.float64)",
+            "values = load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)",
+            "values = load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE)\n    values = (values * values).to(tl.float64)",
             "test_device.py::test_squares_of_float32_neither_overflow_nor_vanish[triton-1e+20]",
         ),
         (
@@ -807,7 +807,7 @@ MUTANTS = [
             "CUDA: half of a narrower gradient in double",
             "csrc/cuda/block.cuh",
             "values[i] = T(Codec::decode(get<typename Codec::stored>(i), NoAux()));",
-            "values[i] = T(Codec::decode(get<typename Codec::stored>(i), NoAux())) / (sizeof(T) / sizeof(typename Codec::stored));",
+            "values[i] = T(Codec::decode(get<typename Codec::stored>(i), NoAux())) / (sizeof(T) / 4);",
             "test_cuda.py::test_float64_parameters_take_narrower_gradients[torch.float32]",
         ),
         (

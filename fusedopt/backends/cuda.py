@@ -221,8 +221,7 @@ class Kernels(device.Kernels):
             return library.formats[plain_format(dtype).name]
 
         formats = [
-            index(as_real(entry.param.detach()).dtype) | index(device.grad_dtype(entry)) << 8
-            for entry in entries
+            index(as_real(entry.param.detach()).dtype) | index(device.grad_dtype(entry)) << 8 for entry in entries
         ]
         self.tables = {"formats": torch.tensor(formats, dtype=torch.int32, device="cpu")}
         self._norm_arguments = _Filled(library.norm_arguments)
