@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from mutants import MUTANTS
+from mutants import MUTANTS, ListError, Mutant
 from test_build import copy_project
 
 import fusedopt
@@ -74,10 +74,31 @@ def test_list_of_mutants_follows_the_code():
     """Every planted bug of tests/mutants.py finds its line, and its test."""
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     for mutant in MUTANTS:
-        found = (ROOT / mutant.file).read_text().count(mutant.old)
-        assert found == 1 and mutant.new != mutant.old, f"{mutant.name}: {mutant.file} has {mutant.old!r} {found} times"
+        try:
+            mutant.find(ROOT)
+        except ListError as error:
+            pytest.fail(f"{mutant.name}: {error}")
+        assert mutant.new != mutant.old, mutant.name
         file, function = mutant.test.split("[")[0].split("::")
         assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), f"{mutant.name}: {file} has no {function}"
+
+
+def test_mutant_finds_its_text_in_any_source_of_a_folder(tmp_path):
+    files = {"csrc/a.h": "x", "csrc/cpu/b.cpp": "y = 1;", "kernels/k.py": "z", "fusedopt/__pycache__/k.pyc": "z"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "fusedopt" / "kernels").symlink_to(tmp_path / "kernels")
+    assert Mutant("a", "csrc", "y = 1", "y = 2", "test").apply(tmp_path) == "csrc/cpu/b.cpp"
+    assert (tmp_path / "csrc/cpu/b.cpp").read_text() == "y = 2;"
+    assert Mutant("a", "csrc/a.h", "x", "", "test").find(tmp_path) == "csrc/a.h"
+    assert Mutant("a", ".", "z", "", "test").find(tmp_path) == "kernels/k.py"  # not again by the link, nor the cache
+    for place, text in [("csrc", "y = 1"), ("fusedopt", "z"), ("csrc/a.h", "y")]:
+        with pytest.raises(ListError, match=f"{place} has '{text}' 0 times"):
+            Mutant("a", place, text, "", "test").find(tmp_path)
+    (tmp_path / "csrc/c.cuh").write_text("x")
+    with pytest.raises(ListError, match="csrc has 'x' 2 times"):
+        Mutant("a", "csrc", "x", "", "test").find(tmp_path)
 
 
 def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
