@@ -50,9 +50,9 @@ class Slot:
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """The values in ``dtype``, with complex numbers as pairs of reals. Shares memory only if they are stored like that."""
+        stored = as_real(self.tensor.detach())
         if self.format.is_plain:
-            return as_real(self.tensor).to(dtype)
-        stored = as_real(self.tensor)
+            return stored.to(dtype)
         values = torch.empty_like(stored, dtype=dtype)
         in_memory_order(values).copy_(self.format.decode(in_memory_order(stored), self.aux))
         return values

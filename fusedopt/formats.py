@@ -1,4 +1,5 @@
-"""The second table: one row per storage format. A format is a row and a codec, here, in csrc/storage.h and in kernels/storage.py.
+"""The second table: one row per storage format. A format is a row here, and a codec here, in csrc/storage.h and in
+kernels/storage.py.
 
 Every codec has the same shape. A tensor holds ``stored`` elements. If ``per_aux`` is not 0, a second tensor holds one auxiliary
 value for each ``per_aux`` consecutive elements: a scale for each block of 32, or the low half of each float32. ``decode`` turns
@@ -84,7 +85,7 @@ def _mixed(bits: torch.Tensor) -> torch.Tensor:
 
 
 def random_bits(seed: int, step: int, numel: int) -> torch.Tensor:
-    """32 random bits for each element, as int64. They depend on seed, step and element alone: the same bits on every backend."""
+    """32 random bits for each element, as int64. They depend on seed, step and element alone: the same on every backend."""
     elements = torch.arange(numel)
     key = _mixed((_mixed(torch.tensor(seed & 0xFFFFFFFF)) + step) & 0xFFFFFFFF)
     low, high = elements & 0xFFFFFFFF, elements >> 32

@@ -594,8 +594,8 @@ def a_step_plans_only_once_and_leaves_no_trace(rank):
                 set_grad(param, randn((6, 3), seed=step))
             counts = [(param._version, param._local_tensor._version) for param in params]
             optimizer.step()
-            assert plan is None or optimizer._plans.get("step") is plan or backend == "reference"
-            plan = optimizer._plans["step"]
+            assert plan is None or optimizer._plans.kept.get("step") is plan or backend == "reference"
+            plan = optimizer._plans.kept["step"]
             for param, (whole, part) in zip(params, counts, strict=True):
                 assert param._version > whole and param._local_tensor._version > part
                 assert param._local_tensor.grad is None and param.grad is not None

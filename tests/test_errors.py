@@ -30,7 +30,7 @@ from helpers import (
 import fusedopt
 from fusedopt.errors import UNCHANGED
 from fusedopt.extension import _C
-from fusedopt.rules import RANGES
+from fusedopt.options import RANGES
 
 pytestmark = pytest.mark.usefixtures("on_backend")
 SHAPES = ((13, 7), (1021,), (5, 3, 3))
@@ -846,9 +846,9 @@ def test_wrong_number_of_hyperparameters_is_refused_by_the_engine():
     params = make_params(SHAPES)
     optimizer = fusedopt.NAdam(params)
     train(optimizer, params, 1)
-    table = optimizer._plans["step"].buckets[0]._table
+    table = optimizer._plans.kept["step"].buckets[0]._table
     table.refresh(1, may_move=False)
-    scalars, increment_version = optimizer._plans["step"].scalars, torch.autograd.graph.increment_version
+    scalars, increment_version = optimizer._plans.kept["step"].scalars, torch.autograd.graph.increment_version
     for bad, coefs, kind in ((scalars[0][:-1], [1.0], ValueError), (scalars[0], [], IndexError)):
         with nothing_changes(optimizer), pytest.raises(kind):
             table.update([bad], coefs, False, 1, increment_version, params)

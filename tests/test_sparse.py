@@ -679,7 +679,7 @@ def test_failure_on_the_way_changes_nothing(writes_back, on_backend, monkeypatch
     if on_backend == "cpu":
         what = "fusedopt.backends.cpu.Rows.prepare"
     else:
-        what = "torch.Tensor.index_put_" if writes_back else "fusedopt.sparse.replace"
+        what = "torch.Tensor.index_put_" if writes_back else "fusedopt.backends.sparse.replace"
 
     def fail(*arguments, **options):
         raise MemoryError

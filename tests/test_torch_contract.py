@@ -13,6 +13,7 @@ import re
 import threading
 import tracemalloc
 import weakref
+from collections import defaultdict
 
 import pytest
 import torch
@@ -1538,7 +1539,7 @@ def test_plan_takes_at_most_a_hundredth_of_the_states():
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer.step()
-    bucket = optimizer._plans["step"].buckets[0]
+    bucket = optimizer._plans.kept["step"].buckets[0]
     assert isinstance(bucket, cpu.Bucket)
     scratch = bucket._table.scratch_bytes()
     states = sum(value.numel() * 4 for state in optimizer.state.values() for value in state.values())
@@ -1590,7 +1591,7 @@ def test_step_during_a_step_of_another_thread_is_refused(spec):
             thread = threading.Thread(target=call_both)
             thread.start()
             thread.join()
-            plan.update(1.0)
+            fusedopt.step.update(plan, 1.0)
         plain.step()
         assert_same_bits(params, plain_params)
     assert len(answers) == 4
@@ -1604,15 +1605,18 @@ def test_interrupted_step_leaves_the_optimizer_usable(spec, monkeypatch):
     optimizer, plain = spec.make(params), spec.make(plain_params)
     train(optimizer, params, 1)
     train(plain, plain_params, 1)
-    for where in ("refresh", "release", "discard_fresh_state"):
+    for where in ("refresh", "release", "discard_unused_states"):
+        if where == "discard_unused_states":  # of a plan that has made some
+            optimizer.zero_grad()
+            optimizer.state, plain.state = defaultdict(dict), defaultdict(dict)
         set_grads(params, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(type(optimizer._plans["step"]), where, interrupt)
+            patch.setattr(type(optimizer._plans.kept["step"]), where, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.clip_grad_norm_(1.0)
-        assert optimizer._in_step == {}
+        assert optimizer._plans.in_step == {}
     optimizer.zero_grad()
-    optimizer._in_step[os.getpid()] = threading.get_ident()  # an interrupt in the last line of a step
+    optimizer._plans.in_step[os.getpid()] = threading.get_ident()  # an interrupt in the last line of a step
     train(optimizer, params, 1, 1)
     train(plain, plain_params, 1, 1)
     assert_same_bits(params, plain_params)

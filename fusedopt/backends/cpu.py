@@ -5,16 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from fusedopt.backends.sparse import Touched
+from fusedopt.entry import Entry, Slot
 from fusedopt.extension import _C, problem
+from fusedopt.formats import FORMATS
 from fusedopt.rules import Rule
-
-if TYPE_CHECKING:
-    from fusedopt.plan import Entry
-    from fusedopt.sparse import Touched
 
 
 def _use_torch() -> bool:
@@ -41,7 +39,6 @@ if _C and _forced_isa and not _C.set_isa(_forced_isa):
 
 
 SCALARS_ON_DEVICE = False
-STATE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def unavailable(where: torch.device | None = None) -> str | None:
@@ -51,9 +48,25 @@ def unavailable(where: torch.device | None = None) -> str | None:
     return None if _C.available_isas() else "the CPU has none of the instruction sets of this build"
 
 
+def formats() -> frozenset[str]:
+    """Names of the storage formats that it has codecs for."""
+    return frozenset(FORMATS)
+
+
 def supports(device: torch.device, is_asked_for: bool = False) -> bool:
     """Whether it takes tensors of that device."""
     return device.type == "cpu"
+
+
+def _tensors(slots: Sequence[Slot | None]) -> list[torch.Tensor | None]:
+    return [None if slot is None else slot.tensor for slot in slots]
+
+
+def hand_over(entry: Entry, is_there: bool = True) -> None:  # until the table takes handed gradients
+    if entry.is_grad_handed:
+        if hasattr(torch.Tensor, "grad_dtype"):
+            entry.param.tensor.grad_dtype = None
+        entry.param.tensor.grad = entry.handed_grad if is_there else None
 
 
 def table_of(entries: Sequence[Entry], is_host: bool) -> _C.Bucket:
@@ -61,15 +74,17 @@ def table_of(entries: Sequence[Entry], is_host: bool) -> _C.Bucket:
     table = _C.Bucket(is_host)
     for entry in entries:
         if entry.is_idle:
-            table.add_idle(entry.param)
+            table.add_idle(entry.param.tensor)
             continue
+        hand_over(entry)
+        step, extra = [*(slot.tensor for slot in entry.scalars), None][:2]
         table.add(
-            entry.param,
-            entry.param.grad,
-            entry.states,
-            entry.step,
-            entry.extra,
-            entry.source,
+            entry.param.tensor,
+            entry.grad,
+            _tensors(entry.states),
+            step,
+            extra,
+            entry.source.tensor if entry.source is not entry.param else None,
             _C.rules[entry.variant][0],
             entry.group,
             entry.is_strided,
@@ -87,18 +102,26 @@ class Bucket:
     """Entries in host memory, with their C++ tensor and chunk tables."""
 
     is_asynchronous = is_capturing = False
-    is_alone = False  # set by a plan that has no other bucket: the table then knows all memory that a step writes
+    is_capturable = True
 
-    def __init__(self, rule: Rule, entries: Sequence[Entry]):
+    def __init__(self, rule: Rule, entries: Sequence[Entry], is_alone: bool):
         self.entries = list(entries)
+        self.device = torch.device("cpu")
         self._table = table_of(self.entries, is_host=True)
-        self._params = [entry.param for entry in self.entries]
+        self._params = [entry.param.tensor for entry in self.entries]
+        self._may_move = is_alone  # the table then knows all memory that a step writes
+        self._reads_sources = any(entry.source is not entry.param for entry in self.entries)
+        self._handed = [entry for entry in self.entries if entry.is_grad_handed]
 
     def refresh(self) -> bool:
-        return self._table.refresh(torch.get_num_threads(), may_move=self.is_alone)
+        for entry in self._handed:
+            hand_over(entry)
+        return self._table.refresh(torch.get_num_threads(), may_move=self._may_move)
 
     def release(self) -> None:
         self._table.release()
+        for entry in self._handed:
+            hand_over(entry, False)
 
     def grad_norm(self, is_weighted: Sequence[bool]) -> float:
         return self._table.grad_norm(is_weighted, torch.get_num_threads())
@@ -106,13 +129,11 @@ class Bucket:
     def first_nonfinite(self) -> int:
         return self._table.first_nonfinite()
 
-    def prepare(
-        self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float], from_source: bool = False
-    ) -> Callable[[], None]:
+    def prepare(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> Callable[[], None]:
         # Autograd must notice that a tensor it saved has changed.
         written, increment = with_gradient(self._table, self._params), torch.autograd.graph.increment_version
         threads = torch.get_num_threads()
-        return lambda: self._table.update(scalars, grad_coefs, from_source, threads, increment, written)
+        return lambda: self._table.update(scalars, grad_coefs, self._reads_sources, threads, increment, written)
 
 
 class Rows:
@@ -124,8 +145,9 @@ class Rows:
         for part in touched:
             entry = part.entry
             rule = _C.rules[entry.variant][0]
-            tensors = part.keys, part.values, entry.states, entry.step, entry.extra
-            self._table.add_rows(entry.param, *tensors, rule, entry.group, entry.is_strided)
+            step, extra = [*(slot.tensor for slot in entry.scalars), None][:2]
+            tensors = part.keys, part.values, _tensors(entry.states), step, extra
+            self._table.add_rows(entry.param.tensor, *tensors, rule, entry.group, entry.is_strided)
         self._table.finish()
 
     def grad_norm(self, is_weighted: Sequence[bool]) -> float:
@@ -135,6 +157,6 @@ class Rows:
         return self._table.first_nonfinite()
 
     def prepare(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> Callable[[], None]:
-        written, increment = [part.entry.param for part in self._touched], torch.autograd.graph.increment_version
+        written, increment = [part.entry.param.tensor for part in self._touched], torch.autograd.graph.increment_version
         threads = torch.get_num_threads()
         return lambda: self._table.update(scalars, grad_coefs, False, threads, increment, written)

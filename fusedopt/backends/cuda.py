@@ -13,24 +13,21 @@ import sys
 from collections.abc import Hashable
 from ctypes import POINTER, c_char_p, c_int32, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fusedopt.backends import device
-from fusedopt.backends.reference import as_real
+from fusedopt.entry import Entry
 from fusedopt.extension import build_command
-from fusedopt.formats import plain_format
+from fusedopt.formats import FORMATS
+from fusedopt.layout import as_real
 from fusedopt.rules import RULES
-
-if TYPE_CHECKING:
-    from fusedopt.plan import Entry
 
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 RECORD = LIBRARY.with_suffix(".txt")  # what setup.py wrote: "built for ... by ...", or "not built: " and why
 DRIVER = "libcuda.so.1"
 SCALARS_ON_DEVICE = True
-STATE_DTYPES: frozenset[torch.dtype] = frozenset()
 
 
 def _structure(name: str, fields: str) -> type[ctypes.Structure]:
@@ -55,7 +52,7 @@ class Library:
         known = dict(facts)
         self.is_on_host = known["memory"] == "host"
         self.chunk = int(known["chunk"])
-        self.formats = {name: index for index, name in enumerate(known["formats"].split())}
+        self.dtypes = {getattr(torch, name): index for index, name in enumerate(known["dtypes"].split())}
         self.norm_arguments = _structure("NormArguments", known["norm"])
         self.update_arguments = _structure("UpdateArguments", known["update"])
         rules = [text.split(" ", 3) for kind, text in facts if kind == "rule"]
@@ -187,6 +184,11 @@ def _problem_on(index: int) -> str | None:
     return None
 
 
+def formats() -> frozenset[str]:
+    """Names of the storage formats that the kernels have codecs for."""
+    return frozenset(FORMATS)
+
+
 def supports(where: torch.device, is_asked_for: bool = False) -> bool:
     """Whether they take tensors of that device; compiled for the host only for who asks for it."""
     if where.type != "cpu":
@@ -210,18 +212,15 @@ class Kernels(device.Kernels):
         self._library = library = _load()[0]
         self.chunk = library.chunk
         first = entries[0]
-        self._index = first.param.device.index or 0
-        self._has_extra = int(first.extra is not None)
+        self._index = first.param.tensor.device.index or 0
+        self._has_extra = int(len(first.scalars) > 1)
         self._kernel = library.rules[first.variant], int(first.compute_dtype == torch.float64)
         chunks = max(device.num_chunks(entries, self.chunk), 1)
         self.norm_programs = min(chunks, library.count("num_blocks", -1, 0, self._index))
         self._update_programs = min(chunks, library.count("num_blocks", *self._kernel, self._index))
-
-        def index(dtype: torch.dtype) -> int:
-            return library.formats[plain_format(dtype).name]
-
         formats = [
-            index(as_real(entry.param.detach()).dtype) | index(device.grad_dtype(entry)) << 8 for entry in entries
+            library.dtypes[as_real(entry.param.tensor.detach()).dtype] | library.dtypes[device.grad_dtype(entry)] << 8
+            for entry in entries
         ]
         self.tables = {"formats": torch.tensor(formats, dtype=torch.int32, device="cpu")}
         self._norm_arguments = _Filled(library.norm_arguments)

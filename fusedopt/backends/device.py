@@ -10,18 +10,17 @@ import contextlib
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fusedopt.backends.cpu import table_of, with_gradient
-from fusedopt.backends.reference import as_real, first_nonfinite
+from fusedopt.backends.cpu import hand_over, table_of, with_gradient
+from fusedopt.backends.reference import first_nonfinite
+from fusedopt.entry import Entry
 from fusedopt.extension import _C
 from fusedopt.interrupts import uninterrupted
+from fusedopt.layout import as_real
 from fusedopt.rules import Rule
-
-if TYPE_CHECKING:
-    from fusedopt.plan import Entry
 
 Upload = Callable[[torch.Tensor], torch.Tensor]
 # What captured graphs read, for good: nobody says when a graph is gone.
@@ -41,12 +40,12 @@ GRAD = -1  # slot of the gradient, whose addresses are apart; others are rows of
 
 def grad_dtype(entry: Entry) -> torch.dtype:
     """Of the gradient, or expected of the first one; of the real numbers, where it is complex."""
-    return as_real(entry.param.detach() if entry.param.grad is None else entry.param.grad).dtype
+    return as_real(entry.param.tensor.detach() if entry.grad is None else entry.grad).dtype
 
 
 def num_chunks(entries: Sequence[Entry], chunk: int) -> int:
     """In how many pieces of at most so many elements their tensors come."""
-    return sum(-(as_real(entry.param.detach()).numel() // -chunk) for entry in entries)
+    return sum(-(as_real(entry.param.tensor.detach()).numel() // -chunk) for entry in entries)
 
 
 class Kernels(ABC):
@@ -72,15 +71,17 @@ class Kernels(ABC):
 class Bucket(ABC):
     """Entries on one device, in one table for each key."""
 
-    is_asynchronous = True
+    is_asynchronous = is_capturable = True
 
-    def __init__(self, rule: Rule, entries: Sequence[Entry]):
+    def __init__(self, rule: Rule, entries: Sequence[Entry], is_alone: bool):
         self.entries = list(entries)
         self.has_launched = False
-        self._params = [entry.param for entry in self.entries]
+        self._params = [entry.param.tensor for entry in self.entries]
+        self._reads_sources = any(entry.source is not entry.param for entry in self.entries)
+        self._handed = [entry for entry in self.entries if entry.is_grad_handed]
         self._rule = rule
         # Idle parameters, which are only watched, may be elsewhere.
-        self.device = next((entry for entry in self.entries if not entry.is_idle), self.entries[0]).param.device
+        self.device = next((entry for entry in self.entries if not entry.is_idle), self.entries[0]).param.tensor.device
         self._watch = table_of(self.entries, is_host=self.device.type == "cpu") if _C else None
         self._is_used = False  # nothing watches without the extension: then good for one step
         self._is_captured = False  # what was uploaded since the last step is there only when a graph is replayed
@@ -120,6 +121,8 @@ class Bucket(ABC):
     # ---- what a step needs on the device -----------------------------------------------------------------------
 
     def refresh(self) -> bool:
+        for entry in self._handed:
+            hand_over(entry)
         if self._is_used or (
             self._watch is not None and not self._watch.refresh(torch.get_num_threads(), may_move=False)
         ):
@@ -159,6 +162,8 @@ class Bucket(ABC):
                 self._is_uploaded = False  # the addresses were, too
         if self._watch is not None:
             self._watch.release()
+        for entry in self._handed:
+            hand_over(entry, False)
         for table in self._tables:
             table.unstage()
 
@@ -166,7 +171,7 @@ class Bucket(ABC):
         """int64, of the entries that are not idle; 0: no gradient, 1: one without elements."""
         if self._watch is not None:
             return self._watch.grad_addresses()
-        grads = [entry.param.grad for entry in self.entries if not entry.is_idle]
+        grads = [entry.grad for entry in self.entries if not entry.is_idle]
         return struct.pack(f"{len(grads)}q", *(0 if grad is None else grad.data_ptr() or 1 for grad in grads))
 
     @property
@@ -285,7 +290,6 @@ class Bucket(ABC):
         self,
         scalars: Sequence[Sequence[float]],
         grad_coefs: Sequence[float],
-        from_source: bool = False,
         control: torch.Tensor | None = None,
         grad_scale: float | torch.Tensor = 1.0,
         found_inf: float | torch.Tensor = 0.0,
@@ -302,7 +306,7 @@ class Bucket(ABC):
                 hyper=self._hyper, control=self._unclipped() if control is None else control,
                 grad_scale=self._constant(grad_scale, torch.float32),
                 found_inf=self._constant(found_inf, torch.float32), skips_nonfinite=int(skips_nonfinite),
-                from_source=int(from_source),
+                from_source=int(self._reads_sources),
                 skipped=self._constant(0, torch.int64) if skipped is None else skipped,  # not written to if None
                 ticket=self._ticket,
             )  # fmt: skip
@@ -318,7 +322,7 @@ class Bucket(ABC):
             if self._watch is not None:
                 written = with_gradient(self._watch, self._params)
             else:
-                written = [param for param in self._params if param.grad is not None]
+                written = [entry.param.tensor for entry in self.entries if entry.grad is not None]
         return lambda: self._launch_all(launches, written)
 
     def _launch_all(self, launches: list[tuple[_Table, dict[str, Any]]], written: list[torch.Tensor]) -> None:
@@ -359,6 +363,14 @@ class Bucket(ABC):
             self._hyper[row, column].copy_(value.detach().reshape(()), non_blocking=True)
 
 
+def _rows(entry: Entry) -> list[torch.Tensor | None]:
+    """Rows of the table of addresses."""
+    step, extra = [*(slot.tensor for slot in entry.scalars), None][:2]
+    states = [None if slot is None else slot.tensor for slot in entry.states]
+    source = None if entry.source is entry.param else entry.source.tensor
+    return [entry.param.tensor, *states, step, extra, source]
+
+
 class _Table:
     """Entries that are launched together, as the kernels see them.
 
@@ -390,11 +402,13 @@ class _Table:
     def _copies(self) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
         copies = []
         for index, entry in self._strided:
-            if entry.param.grad is None or entry.param.numel() == 0:  # a copy of nothing has no address
+            if entry.grad is None or entry.param.tensor.numel() == 0:  # a copy of nothing has no address
                 continue
-            param = as_real(entry.param.detach())
-            others = enumerate([*entry.states, None, None, entry.source], 1)
-            for slot, tensor in [(GRAD, entry.param.grad), (0, entry.param.detach()), *others]:
+            param = as_real(entry.param.tensor.detach())
+            rows = _rows(entry)
+            rows[-3:-1] = None, None
+            others = enumerate(rows[1:], 1)
+            for slot, tensor in [(GRAD, entry.grad), (0, entry.param.tensor.detach()), *others]:
                 if tensor is not None:
                     tensor = as_real(tensor)
                     copy = torch.empty_like(param, dtype=tensor.dtype)  # dense; in the parameter's order if that is too
@@ -411,7 +425,7 @@ class _Table:
     def write_back(self) -> None:
         """Brings what an update wrote into copies to where it belongs."""
         for slot, index, tensor, copy in self._staged:
-            if slot != GRAD and tensor is not self._entries[index].source:
+            if slot != GRAD and slot != len(_rows(self._entries[index])) - 1:
                 tensor.copy_(copy)
 
     def unstage(self) -> None:
@@ -423,7 +437,7 @@ class _Table:
     def upload_chunks(self, upload: Upload, device: torch.device) -> None:
         """The tables that stay as they are."""
         chunk = self.kernels.chunk
-        numel = torch.tensor([as_real(entry.param.detach()).numel() for entry in self._entries], device="cpu")
+        numel = torch.tensor([as_real(entry.param.tensor.detach()).numel() for entry in self._entries], device="cpu")
         counts = (numel + chunk - 1) // chunk
         entry_of = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32, device="cpu"), counts)
         first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
@@ -442,7 +456,7 @@ class _Table:
 
     def upload_addresses(self, upload: Upload) -> None:
         """Where parameters, states and scalars lie."""
-        rows = [[entry.param, *entry.states, entry.step, entry.extra, entry.source] for entry in self._entries]
+        rows = [_rows(entry) for entry in self._entries]
         addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows]
         addresses = torch.tensor(addresses, dtype=torch.int64, device="cpu").t().contiguous()
         for slot, index, _, copy in self._staged:

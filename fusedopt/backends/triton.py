@@ -9,19 +9,17 @@ import functools
 import os
 import re
 from collections.abc import Hashable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fusedopt.backends import device
-from fusedopt.backends.reference import as_real
-
-if TYPE_CHECKING:
-    from fusedopt.plan import Entry
-    from fusedopt.rules import Rule
+from fusedopt.entry import Entry
+from fusedopt.formats import FORMATS
+from fusedopt.layout import as_real
+from fusedopt.rules import Rule
 
 SCALARS_ON_DEVICE = True
-STATE_DTYPES: frozenset[torch.dtype] = frozenset()
 OLDEST = (3, 6)  # version of Triton: the kernels pass tuples
 
 
@@ -58,6 +56,11 @@ def unavailable(where: torch.device | None = None) -> str | None:
     return _load()[1]
 
 
+def formats() -> frozenset[str]:
+    """Names of the storage formats that the kernels have codecs for."""
+    return frozenset(FORMATS)
+
+
 def supports(where: torch.device, is_asked_for: bool = False) -> bool:
     """Whether they take tensors of that device; in the interpreter only for who asks for it."""
     return is_asked_for and where.type == "cpu" if is_interpreted() else where.type == "cuda"
@@ -67,7 +70,7 @@ class Bucket(device.Bucket):
     """Entries in one table for each combination of kernel and dtypes."""
 
     def key(self, entry: Entry) -> Hashable:
-        return entry.variant, entry.param.dtype, device.grad_dtype(entry)
+        return entry.variant, entry.param.tensor.dtype, device.grad_dtype(entry)
 
     def kernels(self, entries: list[Entry]) -> device.Kernels:
         return Kernels(self._rule, entries)
@@ -86,8 +89,8 @@ class Kernels(device.Kernels):
         }  # fmt: skip
         kernels = _load()[0]
         first = entries[0]
-        param, grad = as_real(first.param.detach()).dtype, device.grad_dtype(first)
-        processors, *machine = _machine(first.param.device)
+        param, grad = as_real(first.param.tensor.detach()).dtype, device.grad_dtype(first)
+        processors, *machine = _machine(first.param.tensor.device)
         self._engine = kernels.engine
         self.chunk = self._engine.CHUNK
         wanted = min(device.num_chunks(entries, self.chunk), processors * self._engine.PROGRAMS_PER_PROCESSOR)
