@@ -16,7 +16,7 @@ from fusedopt.entry import Entry, Slot, compute_dtype
 from fusedopt.errors import fail, short_dtype
 from fusedopt.formats import Format
 from fusedopt.layout import are_same_memory, extent, is_dense, overlaps_itself
-from fusedopt.options import number
+from fusedopt.ranges import number
 from fusedopt.rules import Rule
 
 MAX_DIMS = 64  # of torch's reductions and of the C++ table
@@ -96,7 +96,8 @@ def state_problem(
     if format is None:
         is_number = value.is_floating_point() or value.is_complex()
         is_convertible = is_number and value.is_complex() == param.is_complex()
-        return None if is_convertible else (TypeError, f"is {short_dtype(value)}")
+        expected = "complex" if param.is_complex() else "floating-point"
+        return None if is_convertible else (TypeError, f"is {short_dtype(value)}, not {expected}")
     if value.device != param.device:
         return ValueError, f"is on {value.device}"
     dtype = format.dtype.to_complex() if param.is_complex() and format.is_plain else format.dtype
@@ -189,7 +190,9 @@ class Checks:
         if not self.is_lazy and not is_sparse_exact:
             options = self.rule.still_without
             unless = f" unless {' = '.join(options)} = 0" if options else ""
-            reason = f"gradient is sparse, but {self.rule.name} also updates rows without a gradient{unless}"
+            reason = (
+                f"gradient is sparse, but {self.owner.partition('.')[0]} also updates rows without a gradient{unless}"
+            )
             remedy = "pass sparse='lazy' to leave those rows unchanged, or use dense gradients"
             self.fail(entry, (RuntimeError, f"{reason}; {remedy}"))
         if type(grad).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:

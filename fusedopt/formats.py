@@ -40,6 +40,12 @@ class Format:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
+    def facts(self) -> tuple[str, str | None, int, bool]:
+        """(dtype, aux_dtype, per_aux, takes_random), by which the tables of two languages can be compared."""
+        aux = None if self.aux_dtype is None else str(self.aux_dtype).removeprefix("torch.")
+        return str(self.dtype).removeprefix("torch."), aux, self.per_aux, self.takes_random
+
+    @property
     def is_plain(self) -> bool:
         """Whether memory holds ordinary numbers of a torch dtype, one per element."""
         return self.per_aux == 0 and self.dtype.is_floating_point

@@ -6,15 +6,25 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, overload
 
 import torch
+from typing_extensions import Unpack
 
 from fusedopt import backends, checkpoint, states
 from fusedopt.checks import PARAM_DTYPES, listed
 from fusedopt.compiler import not_compiled
 from fusedopt.errors import name_param, named_params, warn
-from fusedopt.options import check_max_grad_norm, check_max_norm, check_nonfinite, check_sparse
+from fusedopt.options import (
+    OPTIMIZER_OPTIONS,
+    SparseOptions,
+    check_max_grad_norm,
+    check_max_norm,
+    check_nonfinite,
+    check_sparse,
+    describe,
+    taken,
+)
 from fusedopt.plan import NO_SOURCES, Planned, Plans
 from fusedopt.record import StepRecord
-from fusedopt.rules import OPTIMIZER_OPTIONS, Rule, check_no_own, read_options
+from fusedopt.rules import Rule, check_no_own, read_options
 from fusedopt.stalls import StallWatch
 from fusedopt.step import defer_clip, step
 from fusedopt.types import Backend, Loss, Nonfinite, Params, Sparse
@@ -28,15 +38,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: the options of a group under torch.optim's names.
         own_options: options that torch.optim does not have. A group mentions one only if it is not at its default, so
             that a checkpoint made with torch's options has exactly torch's keys.
-        max_grad_norm: clip to this global 2-norm in every step, > 0; None: do not clip.
-        nonfinite: what to do when the gradient norm is NaN or infinite: ``"propagate"`` it as torch does, ``"skip"`` the
-            step (counted in `skipped_steps`), or raise an ``"error"`` that names the parameter.
-        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``; None: the environment's
-            FUSEDOPT_BACKEND, else ``"auto"``.
-        sparse: ``"lazy"`` takes sparse gradients that are not exact: rows they do not touch stand still.
-
-    The last four are options of the whole optimizer. They are in `defaults`, so that ``type(opt)(params, **opt.defaults)``
-    makes an optimizer like this one, and never in a group.
+        options: those of the whole optimizer (`fusedopt.options`). They are in `defaults`, so that
+            ``type(opt)(params, **opt.defaults)`` makes an optimizer like this one, and never in a group.
 
     With ``fused=True`` among the defaults, a GradScaler leaves unscaling and the check for infinities to `step`, as it does
     for torch's fused optimizers.
@@ -46,31 +49,28 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Names and defaults of the options that are in `defaults`, but not in a group.
     _whole_options: ClassVar[Mapping[str, Any]] = OPTIMIZER_OPTIONS
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        describe(cls)
+
     def __init__(
         self,
         params: Params,
         defaults: dict[str, Any],
         own_options: Mapping[str, Any],
-        max_grad_norm: float | None,
-        nonfinite: Nonfinite,
-        backend: Backend | None,
-        sparse: Sparse | None = None,
+        **options: Unpack[SparseOptions],
     ):
+        whole = taken(type(self), options, self.rule.takes_sparse)
         if defaults.get("differentiable"):
             raise RuntimeError(f"{type(self).__name__} does not support differentiable=True; use torch.optim for it")
-        resolved = backends.resolve(backend)
+        resolved = backends.resolve(whole["backend"])
         # What methods modify is in objects, so that wrappers that copy this optimizer's attributes share it.
         self._plans, self._record, self._stalls = Plans(), StepRecord(), StallWatch()
         changed = {name: value for name, value in own_options.items() if value != self.rule.own_options[name]}
-        whole = {
-            **self.__dict__.pop("defaults", {}),  # put there by a subclass
-            "max_grad_norm": check_max_grad_norm(max_grad_norm),
-            "nonfinite": check_nonfinite(nonfinite),
-            "backend": backend,
-        }
-        self._check_sparse(sparse)
-        if self.rule.takes_sparse:  # the other classes have no such argument
-            whole["sparse"] = sparse
+        whole["max_grad_norm"] = check_max_grad_norm(whole["max_grad_norm"])
+        whole["nonfinite"] = check_nonfinite(whole["nonfinite"])
+        self._check_sparse(whole.get("sparse"))
+        whole = {**self.__dict__.pop("defaults", {}), **whole}  # a subclass put its own there
         super().__init__(params, {**defaults, **changed, **whole})
         if isinstance(params, ParamGroups):
             self._take_over_options(params)

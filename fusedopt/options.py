@@ -1,91 +1,134 @@
-"""What an option may be: numbers, switches, the range of every hyperparameter, and the options of a whole optimizer."""
+"""The options of every class: each one's name, type, default and meaning, said once.
 
-from __future__ import annotations
+A constructor takes them as ``**options: Unpack[OptimizerOptions]`` (or of `SparseOptions`) and passes them on; type checkers
+read that. `describe` writes them out in its signature and docstring, for ``help()`` and everything else that reads those.
+"""
 
-import math
-import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple, TypedDict, get_args, get_type_hints
 
-from fusedopt.types import Nonfinite, Sparse
+from typing_extensions import Unpack
+
+from fusedopt.ranges import number
+from fusedopt.types import Backend, Nonfinite, Sparse
 
 NONFINITE: tuple[Nonfinite, ...] = get_args(Nonfinite)
 SPARSE_MODES: tuple[Sparse | None, ...] = (None, "lazy")
-BETAS = ("beta1", "beta2", "beta3")  # what a group's `betas` holds
-# Every hyperparameter that must lie in a range: (smallest, largest, whether the largest is allowed).
-RANGES = {
-    "lr": (0, math.inf, False),
-    "beta1": (0, 1, False),
-    "beta2": (0, 1, False),
-    "beta3": (0, 1, False),
-    "eps": (0, math.inf, False),
-    "weight_decay": (0, math.inf, False),
-    "momentum": (0, math.inf, False),
-    "dampening": (-math.inf, math.inf, False),
-    "alpha": (0, 1, True),
-    "lr_decay": (0, math.inf, False),
-    "momentum_decay": (0, math.inf, False),
-    "rho": (0, math.inf, False),
-    "initial_accumulator_value": (0, math.inf, False),
-}
 
 
-def number(name: str, value: Any, takes_bool: bool = False) -> float:
-    """An option's value as a float: a number, or a tensor of one element. A bool or a string is a mistake, not a number."""
-    if type(value) is float:
-        return value
+class Option(NamedTuple):
+    """What the type of an option does not say."""
+
+    default: Any
+    meaning: str
+
+
+# The types are strings so that signatures show them by name, as they show those of a class's own arguments.
+class OptimizerOptions(TypedDict, total=False):
+    """Options of the whole optimizer that every class takes."""
+
+    max_grad_norm: Annotated[
+        "float | None",
+        Option(None, "clip the global 2-norm of all gradients to this inside every step; None: do not clip."),
+    ]
+    nonfinite: Annotated[
+        "Nonfinite",
+        Option(
+            "propagate",
+            'with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.',
+        ),
+    ]
+    backend: Annotated[
+        "Backend | None",
+        Option(
+            None,
+            '``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.',
+        ),
+    ]
+
+
+class SparseOptions(OptimizerOptions, total=False):
+    """Those of classes that take sparse gradients."""
+
+    sparse: Annotated[
+        "Sparse | None",
+        Option(
+            None,
+            '``"lazy"`` takes sparse gradients (COO) whatever the options: the rule is then applied to the rows they touch '
+            "alone; the others stand still, with their states and their decay. None: only where that is exact.",
+        ),
+    ]
+
+
+@functools.cache
+def options_of(kind: type[OptimizerOptions]) -> dict[str, Option]:
+    """The options of one kind, by name."""
+    return {name: get_args(hint)[1] for name, hint in get_type_hints(kind, include_extras=True).items()}
+
+
+# All of them, and their defaults. As a key of a group they would have no effect, and are refused there.
+OPTIMIZER_OPTIONS = {name: option.default for name, option in options_of(SparseOptions).items()}
+
+
+def describe(cls: type) -> None:
+    """Writes the options out in the signature of a class's own constructor and in the Args of its docstring."""
+    constructor: Any = cls.__dict__.get("__init__")
     try:
-        is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
-        if not isinstance(value, (str, bytes)) and (takes_bool or not is_bool):
-            return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        pass
-    raise ValueError(f"{name} must be a number, got {value!r}")
-
-
-def is_sequence(value: Any) -> bool:
-    """Whether it holds values in an order: a tuple or list, one of a configuration library, a NumPy array, a 1-d tensor."""
-    if isinstance(value, (str, bytes, Mapping)):
-        return False
-    return isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
-
-
-def integer(name: str, value: Any, low: int) -> int:
-    """A count as Python's int: of any library's integers, but no bool."""
-    try:
-        checked = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        checked = None
-    if checked is None or checked < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-    return checked
-
-
-def is_elsewhere(value: Any) -> bool:
-    """Whether it is a tensor of one element that some device has: reading it would wait for the device."""
-    return not getattr(value, "is_cpu", True) and value.numel() == 1
-
-
-def flag(name: str, value: Any) -> bool:
-    """An option that is on or off."""
-    if isinstance(value, int) and value in (0, 1):  # True and False too
-        return bool(value)
-    raise ValueError(f"{name} must be True or False, got {value!r}")
-
-
-def check_range(name: str, value: float, given: Any) -> None:
-    """Raises ValueError if a hyperparameter is out of its range. ``given``: the value as the user wrote it."""
-    low, high, includes_high = RANGES[name]
-    if value > -math.inf and (low <= value < high or (includes_high and value == high)):
+        annotation = constructor.__annotations__.get("options")
+    except (AttributeError, NameError):  # no function; or, from Python 3.14 on, a name that is not defined yet
         return
-    label = f"betas[{BETAS.index(name)}]" if name in BETAS else name
-    bounds = [f">= {low:g}"] if low > -math.inf else []
-    if high < math.inf:
-        bounds.append(f"{'<=' if includes_high else '<'} {high:g}")
-    raise ValueError(f"{label} must be {' and '.join(bounds) or 'a finite number'}, got {given}")
+    for kind in (OptimizerOptions, SparseOptions):
+        if annotation in (Unpack[kind], f"Unpack[{kind.__name__}]"):  # with postponed annotations, a string
+            constructor.__signature__ = _written_out(inspect.signature(constructor), kind)
+            # Types here: the names in the strings need not be known where the class is.
+            del constructor.__annotations__["options"]
+            constructor.__annotations__.update(get_type_hints(kind))
+            cls.__doc__ = cls.__doc__ and _with_args(cls.__doc__, kind)
 
 
-# ---- options of a whole optimizer ------------------------------------------------------------------------------
+def _written_out(signature: inspect.Signature, kind: type[OptimizerOptions]) -> inspect.Signature:
+    """A signature with the options in place of ``**options``."""
+    names = {name: hint.__origin__.__forward_arg__ for name, hint in kind.__annotations__.items()}
+    own = [parameter for parameter in signature.parameters.values() if parameter.name != "options"]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=names[name])
+        for name, option in options_of(kind).items()
+    ]
+    return signature.replace(parameters=[*own, *added])
+
+
+def _with_args(docstring: str, kind: type[OptimizerOptions]) -> str:
+    """A docstring whose section Args ends with the options."""
+    section = re.search(r"^( *)Args:.*?(?=\n\s*\n|\s*\Z)", docstring, re.M | re.S)
+    if section is None:
+        return docstring
+    entry, further = section[1] + " " * 4, section[1] + " " * 8
+    entries = [
+        textwrap.fill(f"{name}: {option.meaning}", 120, initial_indent=entry, subsequent_indent=further)
+        for name, option in options_of(kind).items()
+    ]
+    return "\n".join([docstring[: section.end()], *entries]) + docstring[section.end() :]
+
+
+def taken(cls: type, given: Mapping[str, Any], takes_sparse: bool) -> dict[str, Any]:
+    """The options of an optimizer of some class, those that are not given at their defaults.
+
+    Raises:
+        TypeError: one is given that the class does not take.
+    """
+    known = options_of(SparseOptions if takes_sparse else OptimizerOptions)
+    for name in given:
+        if name not in known:
+            takers = [base for base in cls.__mro__ if hasattr(base.__dict__.get("__init__"), "__signature__")]
+            raise TypeError(f"{[*takers, cls][0].__qualname__}.__init__() got an unexpected keyword argument {name!r}")
+    return {name: given.get(name, option.default) for name, option in known.items()}
+
+
+# ---- their values ----------------------------------------------------------------------------------------------
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> float | None:

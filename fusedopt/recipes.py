@@ -27,8 +27,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fusedopt import schedules
 from fusedopt.optimizers import SGD, Adam, AdamW, Lion
-from fusedopt.options import integer
 from fusedopt.param_groups import param_groups_weight_decay
+from fusedopt.ranges import integer
 from fusedopt.sam import SAM
 
 __all__ = ["Recipe", "fine_tuning", "image_from_scratch", "rnn", "transformer_pretraining"]

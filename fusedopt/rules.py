@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fusedopt.options import BETAS, RANGES, check_range, flag, is_elsewhere, is_sequence, number
+from fusedopt.options import OPTIMIZER_OPTIONS
+from fusedopt.ranges import BETAS, RANGES, check_range, flag, is_elsewhere, is_sequence, number
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,6 @@ class Rule:
         return tuple(values)
 
 
-# Options of the whole optimizer, and their defaults. As a key of a group they would have no effect, and are refused there.
-OPTIMIZER_OPTIONS = {"max_grad_norm": None, "nonfinite": "propagate", "backend": None, "sparse": None}
 # The decay of the cases is a power of two: λθ is then exact, and g + λθ keeps its relative accuracy where it cancels.
 _ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "bias_correction")
 

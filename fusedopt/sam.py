@@ -18,8 +18,8 @@ from fusedopt.errors import UNCHANGED
 from fusedopt.interrupts import uninterrupted
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import AdamW
-from fusedopt.options import flag
 from fusedopt.plan import NO_SOURCES, Planned
+from fusedopt.ranges import flag
 from fusedopt.rules import RULES, read_options
 from fusedopt.step import fail_nonfinite, measured, measured_on_device, step, update
 from fusedopt.types import Loss, Params
@@ -315,9 +315,9 @@ class SAM(FusedOptimizer):
         if ascent.is_skipping:
             self._record.count_skip()
             return self.restore()
-        if not self._can_read_sources():
-            self.restore()
         with self._planned("step") as plan:
+            if plan.sources is NO_SOURCES:
+                self.restore()
             with uninterrupted():  # what is where it belongs must not be brought back again
                 scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
                 is_updated = step(plan, self._record, self.defaults, scale, found_inf)
@@ -328,7 +328,7 @@ class SAM(FusedOptimizer):
         self.restore()
 
     def _can_read_sources(self) -> bool:
-        """Whether the step can read the weights where the ascent left them, so that they need not be put back first."""
+        """Whether a step can read the weights where the ascent left them, so that they need not be put back before it."""
         ascent = self._ascent
         # What the device may decide to skip, it must not have to restore.
         is_certain = not ascent.is_asynchronous or (

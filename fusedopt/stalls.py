@@ -17,8 +17,8 @@ from torch.utils.weak import TensorWeakRef
 
 from fusedopt.entry import Entry
 from fusedopt.errors import name_param, warn
-from fusedopt.options import is_elsewhere
 from fusedopt.plan import Plan
+from fusedopt.ranges import is_elsewhere
 from fusedopt.record import StepRecord
 
 SAMPLES = 1024

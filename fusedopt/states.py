@@ -17,9 +17,9 @@ from fusedopt import dtensor
 from fusedopt.checks import COUNT_DTYPES, Checks, count_problem
 from fusedopt.entry import Entry, Mirror, Slot, compute_dtype
 from fusedopt.errors import short_dtype
-from fusedopt.formats import FORMATS, Format, plain_format
+from fusedopt.formats import Format, plain_format
 from fusedopt.layout import as_real
-from fusedopt.options import is_elsewhere
+from fusedopt.ranges import is_elsewhere
 from fusedopt.rules import Rule, State
 
 
@@ -93,19 +93,22 @@ def first(rule: Rule, group: Mapping[str, Any], kept: State, param: torch.Tensor
     return holding(rule, kept, param, rule.state_shape(group, kept, param.shape), initial)
 
 
-def decoded(rule: Rule, param: torch.Tensor, known: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """What ``optimizer.state[param]`` holds, with torch's names and plain values; the very same tensors if they are that."""
-    result = dict(known)
+def decoded(rule: Rule, param: torch.Tensor, known: dict[Any, Any]) -> dict[Any, Any]:
+    """What ``optimizer.state[param]`` holds, under torch's names, in the dtype that updates compute in.
+
+    It is the very same dict if everything is stored like that already.
+    """
+    result, dtype = known, compute_dtype(param)
     for kept in rule.states:
-        for format in FORMATS.values():
-            stored, *aux = names_in(kept, format)
-            if format.is_plain or known.get(stored) is None:
-                continue
-            slot = slot_of(kept, format, [known[name] for name in (stored, *aux)])
-            values = torch.empty_like(known[stored], dtype=compute_dtype(param))
-            dtensor.part_of(values).copy_(slot.decoded(values.dtype))
-            result = {name: value for name, value in result.items() if name not in (stored, *aux)}
-            result[kept.name] = torch.view_as_complex(values) if param.is_complex() else values
+        format = format_of(rule, kept, param)
+        tensors = [known.get(name) for name in names_in(kept, format)]
+        if format == plain_format(dtype) or any(tensor is None for tensor in tensors):
+            continue
+        is_pair = param.is_complex() and format.is_plain  # a complex tensor already
+        values = torch.empty_like(tensors[0], dtype=dtype.to_complex() if is_pair else dtype)
+        as_real(dtensor.part_of(values)).copy_(slot_of(kept, format, tensors).decoded(dtype))
+        result = {name: value for name, value in result.items() if name not in names_in(kept, format)}
+        result[kept.name] = torch.view_as_complex(values) if param.is_complex() and not is_pair else values
     return result
 
 

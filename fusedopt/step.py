@@ -17,8 +17,9 @@ from fusedopt import dtensor
 from fusedopt.entry import Entry
 from fusedopt.errors import UNCHANGED, fail
 from fusedopt.interrupts import uninterrupted
-from fusedopt.options import check_max_grad_norm, check_nonfinite, is_elsewhere, number
+from fusedopt.options import check_max_grad_norm, check_nonfinite
 from fusedopt.plan import Plan
+from fusedopt.ranges import is_elsewhere, number
 from fusedopt.record import UNCLIPPED, Control, Pending, StepRecord
 
 _NOTHING = contextlib.nullcontext()

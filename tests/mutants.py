@@ -357,8 +357,8 @@ MUTANTS = [
         (
             "norm: squares in float32",
             "csrc",
-            "const double x = scale * double(Codec::load(from[i + lane]));",
-            "const float x = float(scale * double(Codec::load(from[i + lane])));",
+            "const double x = scale * double(Codec::decode(from[i + lane], NoAux()));",
+            "const float x = float(scale * double(Codec::decode(from[i + lane], NoAux())));",
             "test_clip.py::test_norm_neither_overflows_nor_vanishes",
         ),
         (
@@ -455,8 +455,8 @@ MUTANTS = [
         (
             "float16 view with gaps written without them",
             "csrc",
-            "  if (operand.strides) {\n    store(",
-            "  if (false) {\n    store(",
+            "  if (operand.strides) {\n    encode_to(",
+            "  if (false) {\n    encode_to(",
             "test_torch_contract.py::test_any_layout_steps_as_its_contiguous_clone[cpu-every second element-float16]",
         ),
         (
@@ -480,7 +480,7 @@ MUTANTS = [
             "begin == 0 || begin + chunk_elements <= entries[i].numel; begin += chunk_elements",
             "test_parity.py::test_cpu_engine_is_the_reference_to_rounding[SGD()-float32-float32]",
         ),
-        # -- csrc/bindings.cpp
+        # -- csrc/bucket.h and what it includes
         (
             "moved parameter: over a state",
             "csrc",
@@ -491,8 +491,8 @@ MUTANTS = [
         (
             "moved parameter: over another's gradient",
             "csrc",
-            "return is_own || !is_written(",
-            "return true || !is_written(",
+            "return is_own || !written_.overlaps(",
+            "return true || !written_.overlaps(",
             "test_errors.py::test_parameter_over_what_a_step_needs_is_refused[cpu-one element on-gradient]",
         ),
         (
@@ -540,8 +540,8 @@ MUTANTS = [
         (
             "state with a new layout unnoticed",
             "csrc",
-            "[](const Seen& state) { return state.unmoved(); }",
-            "[](const Seen&) { return true; }",
+            "[](const Snapshot& state) { return state.is_unchanged(); }",
+            "[](const Snapshot&) { return true; }",
             "test_torch_contract.py::test_state_whose_layout_changed_in_place_is_followed[by the C ABI-cpu-AdamW]",
         ),
         (
@@ -1099,8 +1099,8 @@ MUTANTS = [
         (
             "gradient over a parameter not noticed by a warm plan",
             "csrc",
-            "now.data != planned_data && is_written(",
-            "false && is_written(",
+            "now.data != planned_data && written_.overlaps(",
+            "false && written_.overlaps(",
             "test_errors.py::test_gradient_over_what_the_step_writes_is_refused[cpu-AdamW-parameter-own]",
         ),
         (
@@ -2032,8 +2032,8 @@ MUTANTS = [
         (
             "SAM: old weights not read",
             "csrc",
-            "values.from = mode.from_source ? entry.source.data",
-            "values.from = false ? entry.source.data",
+            "values.from = mode.from_source ? entry.source.at(",
+            "values.from = false ? entry.source.at(",
             "test_sam.py::test_weights_come_back_to_the_bit[cpu-torch.float32]",
         ),
         (
@@ -2060,8 +2060,8 @@ MUTANTS = [
         (
             "stores past the caches: values that are not encoded",
             "csrc",
-            "stream(stored.bytes, target,",
-            "stream(values.bytes, target,",
+            "stream(stored.bytes, operand.at(begin),",
+            "stream(values.bytes, operand.at(begin),",
             f"{PAST_CACHES}[torch.bfloat16-AdamW]",
         ),
         (
@@ -2074,8 +2074,8 @@ MUTANTS = [
         (
             "SAM: sums over the weights of the ascent",
             "csrc",
-            "values.from = mode.from_source ? entry.source.data",
-            "values.from = mode.from_source && is_updated ? entry.source.data",
+            "values.from = mode.from_source ? entry.source.at(",
+            "values.from = mode.from_source && is_updated ? entry.source.at(",
             "test_sam.py::test_what_is_summed_is_of_the_weights_before_the_ascent[cpu-LAMB-torch.float32]",
         ),
         (
@@ -2208,15 +2208,15 @@ MUTANTS = [
         (
             "sparse: every piece has its row's first values",
             "csrc",
-            "rows.source[source] * rows.elements + piece.column",
+            "rows.source[source] * rows.elements + at.column",
             "rows.source[source] * rows.elements",
             "test_sparse.py::test_rows_of_any_width[cpu-dtype0-257]",
         ),
         (
             "sparse: every piece is its row's first",
             "csrc",
-            "entry.rows->touched[piece.row] * entry.rows->elements + piece.column",
-            "entry.rows->touched[piece.row] * entry.rows->elements",
+            "entry.rows->touched[at.row] * entry.rows->elements + at.column",
+            "entry.rows->touched[at.row] * entry.rows->elements",
             "test_sparse.py::test_rows_of_any_width[cpu-dtype0-257]",
         ),
         (
@@ -2981,6 +2981,41 @@ MUTANTS = [
             "    def __getnewargs__(self)",
             "    def _getnewargs(self)",
             "test_recipes.py::test_recipe_can_be_copied",
+        ),
+        (
+            "options: not written into signatures",
+            "fusedopt",
+            "        describe(cls)\n",
+            "",
+            "test_options.py::test_signature_is_written_out",
+        ),
+        (
+            "options: their types are no hints",
+            "fusedopt",
+            "            constructor.__annotations__.update(get_type_hints(kind))\n",
+            "",
+            "test_options.py::test_signature_ends_with_the_options_of_the_list[Lion]",
+        ),
+        (
+            "options: in a docstring before the arguments of the class",
+            "fusedopt",
+            "docstring[: section.end()], *entries",
+            "*entries, docstring[: section.end()]",
+            "test_options.py::test_help_explains_every_option_once[Lion]",
+        ),
+        (
+            "options: unknown ones are dropped",
+            "fusedopt",
+            "        if name not in known:\n            takers",
+            "        if False:\n            takers",
+            "test_options.py::test_unknown_keyword_is_pythons_own_error[max_norm-Lion]",
+        ),
+        (
+            "options: a class without sparse gradients takes sparse",
+            "fusedopt",
+            "SparseOptions if takes_sparse else OptimizerOptions",
+            "SparseOptions",
+            "test_options.py::test_unknown_keyword_is_pythons_own_error[sparse-Lion]",
         ),
     ]
 ]

@@ -723,34 +723,36 @@ def optional_state_of_another_shape(checkpoint):
         ] = torch.ones(2, 3)
 
 
+FIRST = r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: "
+SECOND = r"param_groups\[0\]\['params'\]\[1\].*, shape \(1021,\), float32 on cpu: "
 WRONG = {
-    missing_step: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state 'step' is missing",
-    step_per_element: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state 'step' has shape \(3,\) on cpu, not one value",
+    missing_step: FIRST + r"state 'step' is missing",
+    step_per_element: FIRST + r"state 'step' has shape \(3,\) on cpu, not one value",
     optional_state_of_another_shape: r"state '\w+' has shape \(2, 3\)",
     other_group_count: r"it has 3 parameter groups, the optimizer 2",
     other_size: r"param_groups\[1\] has 3 parameters, the optimizer's 2",
-    other_shape: r"param_groups\[0\]\['params'\]\[1\].*, shape \(1021,\), float32 on cpu: state '\w+' has shape \(1020,\)",
-    transposed: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state '\w+' has shape \(7, 13\)",
-    not_a_tensor: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state '\w+' is a list, not a tensor",
-    missing_state: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state '\w+' is missing",
+    other_shape: SECOND + r"state '\w+' has shape \(1020,\)",
+    transposed: FIRST + r"state '\w+' has shape \(7, 13\)",
+    not_a_tensor: FIRST + r"state '\w+' is a list, not a tensor",
+    missing_state: FIRST + r"state '\w+' is missing",
     bad_option: r"param_groups\[1\]: lr must be >= 0, got -0.5",
-    bad_step: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state 'step' is -3",
-    step_of_nan: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state 'step' is nan",
-    step_in_words: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state 'step' is 'three', not a number",
-    integer_states: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state '\w+' is int8",
-    meta_states: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state '\w+' is on the meta device, it has no values",
-    sparse_states: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state '\w+' has layout torch.sparse_coo",
-    state_in_words: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: its state is a str, not a dict",
+    bad_step: FIRST + r"state 'step' is -3",
+    step_of_nan: FIRST + r"state 'step' is nan",
+    step_in_words: FIRST + r"state 'step' is 'three', not a number",
+    integer_states: FIRST + r"state '\w+' is int8",
+    meta_states: FIRST + r"state '\w+' is on the meta device, it has no values",
+    sparse_states: FIRST + r"state '\w+' has layout torch.sparse_coo",
+    state_in_words: FIRST + r"its state is a str, not a dict",
     no_groups: r"it needs 'param_groups', a list, and 'state', a dict",
     group_without_params: r"param_groups\[1\] has no list 'params'",
     keyed_by_strings: r"state has keys that are no parameter's: '0', '1', '2', …",
     of_a_parameter_that_is_not_there: r"state has keys that are no parameter's: 99",
     option_of_the_whole_optimizer: r"param_groups\[1\]: 'nonfinite' applies to the whole optimizer",
-    of_bitsandbytes: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: \w+ has no state 'state1'",
-    missing_optional_state: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: state '(max_exp_avg_sq|grad_avg)' is missing",
+    of_bitsandbytes: FIRST + r"\w+ has no state 'state1'",
+    missing_optional_state: FIRST + r"state '(max_exp_avg_sq|grad_avg)' is missing",
     names_that_are_none: r"param_groups\[0\]\['param_names'\] is no list of names",
-    of_another_rule: r"param_groups\[0\]\['params'\]\[0\].*, shape \(13, 7\), float32 on cpu: \w+ has no state '(previous_grad|square_avg)'",
-    one_id_for_two: r"param_groups\[0\]\['params'\]\[1\].*, shape \(1021,\), float32 on cpu: it has the same id, 0, as another parameter",
+    of_another_rule: FIRST + r"\w+ has no state '(previous_grad|square_avg)'",
+    one_id_for_two: SECOND + r"it has the same id, 0, as another parameter",
 }
 
 

@@ -127,6 +127,6 @@ def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
         return result.stdout
 
     run("setup.py", "-q", "build_ext", "--inplace")
-    tests = [f"tests/test_{what}.py" for what in ("formula", "parity", "rooms", "compiled_code", "triton")]
+    tests = [f"tests/test_{what}.py" for what in ("formula", "parity", "rooms", "compiled_code", "triton", "options")]
     output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "EmaSGD or emasgd or vectorised or wall")
     assert int(re.search(r"(\d+) passed", output).group(1)) > 60

@@ -14,7 +14,7 @@ from test_build import build_wheel
 
 import fusedopt
 from fusedopt import _C, backends
-from fusedopt.backends import cpu
+from fusedopt.backends import cpu, watch
 from fusedopt.checks import MAX_DIMS
 
 ROOT = Path(__file__).parent.parent
@@ -192,7 +192,7 @@ def test_plan_and_engine_take_the_same_number_of_dimensions():
 
 def test_fast_way_of_reading_tensors_is_found():
     """Python attributes serve as well, only slower, which would go unnoticed."""
-    assert cpu.reads_by_abi
+    assert watch.reads_by_abi
 
 
 # ---- triton --------------------------------------------------------------------------------------------------------

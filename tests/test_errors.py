@@ -28,9 +28,11 @@ from helpers import (
 )
 
 import fusedopt
+from fusedopt import states
 from fusedopt.errors import UNCHANGED
 from fusedopt.extension import _C
-from fusedopt.options import RANGES
+from fusedopt.formats import Format, plain_format
+from fusedopt.ranges import RANGES
 
 pytestmark = pytest.mark.usefixtures("on_backend")
 SHAPES = ((13, 7), (1021,), (5, 3, 3))
@@ -523,7 +525,7 @@ REFUSED = {
     overlapping_parameters: (
         ValueError,
         HEAD + r"shape \(5, 3, 3\), float32 on cpu: parameter shares memory with parameter of "
-        r"param_groups\[0\]\['params'\]\[1\] \('stem.bias'\), shape \(1021,\), float32 on cpu; they must lie apart",
+        r"param_groups\[0\]\['params'\]\[1\] \('stem.bias'\), shape \(1021,\), float32 on cpu; they must not overlap",
     ),
     interleaved_parameters: (
         ValueError,
@@ -537,7 +539,7 @@ REFUSED = {
     state_of_another_dtype: (TypeError, HEAD + r".*: state '\w+' is bfloat16, not float32"),
     state_that_is_a_list: (TypeError, HEAD + r".*: state '\w+' is a list, not a tensor"),
     state_on_meta: (RuntimeError, HEAD + r".*: state '\w+' is on the meta device, it has no values"),
-    expanded_state: (RuntimeError, HEAD + r".*: several elements of state '\w+' share one address"),
+    expanded_state: (RuntimeError, HEAD + r".*: state '\w+' has several elements at one address"),
 }
 
 
@@ -848,7 +850,7 @@ def test_wrong_number_of_hyperparameters_is_refused_by_the_engine():
     train(optimizer, params, 1)
     table = optimizer._plans.kept["step"].buckets[0]._table
     table.refresh(1, may_move=False)
-    scalars, increment_version = optimizer._plans.kept["step"].scalars, torch.autograd.graph.increment_version
+    scalars, increment_version = optimizer._plans.kept["step"].groups.scalars, torch.autograd.graph.increment_version
     for bad, coefs, kind in ((scalars[0][:-1], [1.0], ValueError), (scalars[0], [], IndexError)):
         with nothing_changes(optimizer), pytest.raises(kind):
             table.update([bad], coefs, False, 1, increment_version, params)
@@ -881,7 +883,7 @@ def test_gradient_over_what_the_step_writes_is_refused(spec, what, other):
         written.data = moved
     train(optimizer, params, 2)
     params[0].grad = pool[1:]
-    message = rf"{spec.name}.step: param_groups\[0\]\['params'\]\[0\].*: gradient shares memory with {what}.*lie apart; nothing"
+    message = rf"{spec.name}.step: .*\['params'\]\[0\].*: gradient shares memory with {what}.*not overlap; nothing"
     with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
         optimizer.step()
     params[0].grad = pool[1:].clone()
@@ -907,7 +909,10 @@ def test_parameter_over_what_a_step_needs_is_refused(what, gap):
     optimizer.step()
     before = params[0].data
     params[0].data = pool[gap : gap + 40]
-    with nothing_changes(optimizer), pytest.raises(ValueError, match=rf"shares memory with .*lie apart; {UNCHANGED}"):
+    with (
+        nothing_changes(optimizer),
+        pytest.raises(ValueError, match=rf"shares memory with .*must not overlap; {UNCHANGED}"),
+    ):
         optimizer.step()
     params[0].data = before
     optimizer.step()
@@ -997,7 +1002,7 @@ def test_state_over_other_memory_is_refused(what):
         first["exp_avg"] = first["exp_avg_sq"].view(-1)
     else:
         first["step"] = second["step"]
-    message = r"AdamW.step: param_groups\[0\]\['params'\]\[\d\].* shares memory with .*; they must lie apart; nothing"
+    message = r"AdamW.step: param_groups\[0\]\['params'\]\[\d\].* shares memory with .*; they must not overlap; nothing"
     with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
         optimizer.step()
 
@@ -1020,23 +1025,29 @@ def test_state_of_another_dtype_is_refused(dtype, is_strided):
 
 @pytest.mark.parametrize("is_strided", [False, True])
 @pytest.mark.parametrize("param_dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.int8])
-def test_state_dtype_that_a_backend_has_no_codec_for_is_refused(
-    on_backend, state_dtype, param_dtype, is_strided, monkeypatch
-):
-    """Though planning lets it pass: no table may hold it, as the engines would read it as something else."""
-    if (on_backend, state_dtype, param_dtype) == ("cpu", torch.bfloat16, torch.float32):
-        return  # it has a codec
-    monkeypatch.setattr("fusedopt.plan.state_dtype", lambda param: state_dtype)
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float64, torch.int8])
+def test_format_that_a_backend_cannot_use_is_refused(on_backend, state_dtype, param_dtype, is_strided, monkeypatch):
+    """No table may hold it, whoever chose it: the engine would read the memory as something else."""
+    format, reason = plain_format(state_dtype), "the update computes in"
+    if format is None:
+        format, reason = Format("int8_toy", state_dtype, decode=None, encode=None), "no codec for"
+    elif format.compute_dtype == param_dtype:
+        return  # the backend can use it
+    monkeypatch.setattr("fusedopt.states.format_of", lambda *arguments: format)
+    monkeypatch.setattr("fusedopt.states.first", lambda rule, group, kept, param: stored_in(format, kept, param))
     params = [torch.nn.Parameter(randn((40, 6), param_dtype).t()[:, :: 1 + is_strided]) for _ in range(2)]
     optimizer = fusedopt.AdamW(params)
     set_grads(params, 0)
-    message = (
-        rf"AdamW.step: param_groups\[0\]\['params'\]\[0\].*state 'exp_avg' is {str(state_dtype)[6:]}, which backend="
-    )
+    message = rf"AdamW.step: param_groups\[0\]\['params'\]\[0\].*state 'exp_avg' is stored as {format.name}, .*{reason}"
     with nothing_changes(optimizer), pytest.raises(TypeError, match=message):
         optimizer.step()
     assert not optimizer.state
+
+
+def stored_in(format, kept, param):
+    """A state of zeros, without its codec."""
+    tensors = [tensor.zero_() for tensor in states.empty(param, param.shape, format)]
+    return dict(zip(states.names_in(kept, format), tensors, strict=True))
 
 
 @only_on("cpu", "it has the tables")

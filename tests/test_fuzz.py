@@ -48,7 +48,7 @@ from hypothesis.stateful import (
 from fusedopt import _C, reference
 from fusedopt.checks import PARAM_DTYPES, grad_dtypes
 from fusedopt.entry import compute_dtype
-from fusedopt.options import RANGES
+from fusedopt.ranges import RANGES
 from fusedopt.rules import read_options
 
 BACKENDS = tuple(os.environ.get("FUZZ_BACKENDS", "cpu cuda reference").split())  # Triton's interpreter is slow

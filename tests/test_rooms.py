@@ -18,25 +18,32 @@ WALLS = {
     ),
     "math.h needs the standard library only": ("csrc/rules/math.h", [r"#include (?!<cmath>)", r"\bfor\s*\(", r"\[\w"]),
     "storage and tables know no rule": (
-        "csrc/storage.h csrc/plan.h csrc/rows.h",
+        "csrc/storage.h csrc/table.h csrc/rows.h csrc/overlap.h",
         [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|cuda", r"#include \"(?!storage\.h|rows\.h|rules/math\.h)"],
     ),
     "the engine knows no formula and no Python": (
         "csrc/cpu/*",
         [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|cuda", r"\b(pow|exp|log)f?\s*\("],
     ),
-    "bindings do no arithmetic": ("csrc/bindings.cpp", [FORMULAS, RULE_NAMES, HYPERPARAMETERS]),
+    "bindings do no arithmetic": (
+        "csrc/bindings.cpp csrc/bucket.h csrc/tensor.h csrc/watch.h csrc/torch_abi.h",
+        [FORMULAS, RULE_NAMES, HYPERPARAMETERS],
+    ),
     "the CUDA engine knows no formula of a rule, no Python and no torch": (
         "csrc/cuda/*",
-        [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|\.\./cpu|plan\.h", r"\b(pow|exp|log)f?\s*\("],
+        [RULE_NAMES, HYPERPARAMETERS, r"torch|Python|py::|\.\./cpu|table\.h", r"\b(pow|exp|log)f?\s*\("],
     ),
     "kernels know nothing of the package": ("kernels/*.py", [r"(import|from) fusedopt"]),
     "the reference knows torch only": ("fusedopt/reference.py", [r"(import|from) (?!torch)"]),
     "the table knows no tensor": ("fusedopt/rules.py", [r"\btorch\b(?!\.optim)", r"backends|_C\b"]),
+    "options of every class know no class, tensor or rule": (
+        "fusedopt/options.py",
+        [r"(import|from) fusedopt\.?(?!\.(types|ranges)\b|(types|ranges)\b)", r"\btorch\b", RULE_NAMES, HYPERPARAMETERS],
+    ),
     "who loads the extension knows no tensor": ("fusedopt/extension.py", [r"\btorch\b", r"backends|plan\b"]),
     "classes know their row and the base": (
         "fusedopt/optimizers/*.py",
-        [r"backends|data_ptr|_C\b", r"from fusedopt\.(?!optimizer\b|rules\b|types\b|optimizers\.)"],
+        [r"backends|data_ptr|_C\b", r"from fusedopt\.(?!optimizer\b|options\b|rules\b|types\b|optimizers\.)"],
     ),
     "schedules, groups and recipes know no engine": (
         "fusedopt/schedules.py fusedopt/param_groups.py fusedopt/recipes.py",

@@ -644,10 +644,10 @@ def test_row_beyond_a_table_without_columns_is_refused(on_backend):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (fusedopt.AdamW, "gradient is sparse, but the rule also moves rows that it leaves out; sparse='lazy'"),
+        (fusedopt.AdamW, "gradient is sparse, but AdamW also updates rows without a gradient; pass sparse='lazy'"),
         (
             lambda params: fusedopt.SGD(params, momentum=0.9),
-            "leaves out unless momentum = weight_decay = 0; sparse='lazy' lets them stand still",
+            "but SGD also updates rows without a gradient unless momentum = weight_decay = 0; pass sparse='lazy'",
         ),
         (lambda params: fusedopt.Adagrad(params, weight_decay=0.1), "unless weight_decay = 0"),
         (fusedopt.RMSprop, "gradient has layout sparse_coo; only dense tensors are supported"),

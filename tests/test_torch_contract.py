@@ -45,7 +45,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import fusedopt
 from fusedopt import _C
-from fusedopt.backends import cpu
+from fusedopt.backends import cpu, watch
 from fusedopt.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("on_backend")
@@ -873,10 +873,10 @@ def reading(request):
     """The two ways in which the CPU engine reads tensors."""
     if request.param == "by attributes":
         assert not _C.use_torch(torch.Tensor, [], [])
-    elif not cpu.reads_by_abi:
+    elif not watch.reads_by_abi:
         pytest.skip("this torch's C ABI lacks a function")
     yield
-    cpu._use_torch()
+    watch.use_torch()
 
 
 @only_on("cpu", "how its plan watches addresses; the reference plans anew for every step")

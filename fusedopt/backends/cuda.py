@@ -82,10 +82,8 @@ class Library:
     def _formats(rows: list[list[str]]) -> dict[str, int]:
         """Name -> index of each format that it has a codec for and the package knows."""
         for name, dtype, aux_dtype, per_aux, takes_random in rows:
-            known = FORMATS.get(name)
-            ours = known and (known.dtype, known.aux_dtype or known.dtype, known.per_aux, known.takes_random)
-            theirs = getattr(torch, dtype), getattr(torch, aux_dtype), int(per_aux), takes_random == "1"
-            if ours not in (None, theirs):
+            facts = dtype, None if aux_dtype == "-" else aux_dtype, int(per_aux), takes_random == "1"
+            if name in FORMATS and FORMATS[name].facts != facts:
                 raise RuntimeError(f"it differs in the format {name!r}")
         indices = {name: index for index, (name, *_) in enumerate(rows) if name in FORMATS}
         missing = {name for name, known in FORMATS.items() if known.is_plain} - indices.keys()

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from fusedopt.backends.cpu import hand_over, table_of, with_gradient
 from fusedopt.backends.reference import first_nonfinite
 from fusedopt.backends.tables import Kernels, Table
+from fusedopt.backends.watch import handed, table_of, with_gradient
 from fusedopt.entry import Entry
 from fusedopt.extension import _C
 from fusedopt.interrupts import uninterrupted
@@ -37,7 +37,7 @@ class Bucket(ABC):
         self.entries = list(entries)
         self.has_launched = False
         self._params = [entry.param.tensor for entry in self.entries]
-        self._handed = [entry for entry in self.entries if entry.is_grad_handed]
+        self._handed = handed(self.entries)
         self._rule = rule
         # Idle parameters, which are only watched, may be elsewhere.
         self.device = next((entry for entry in self.entries if not entry.is_idle), self.entries[0]).param.tensor.device
@@ -79,10 +79,9 @@ class Bucket(ABC):
     # ---- what a step needs on the device -----------------------------------------------------------------------
 
     def refresh(self) -> bool:
-        for entry in self._handed:
-            hand_over(entry)
+        grads = [entry.handed_grad for entry in self._handed] if self._handed else []  # a call less in most steps
         if self._is_used or (
-            self._watch is not None and not self._watch.refresh(torch.get_num_threads(), may_move=False)
+            self._watch is not None and not self._watch.refresh(torch.get_num_threads(), False, grads)
         ):
             return False
         with self._on_device():
@@ -120,8 +119,6 @@ class Bucket(ABC):
                 self._is_uploaded = False  # the addresses were, too
         if self._watch is not None:
             self._watch.release()
-        for entry in self._handed:
-            hand_over(entry, False)
         for table in self._tables:
             table.unstage()
 

@@ -11,7 +11,7 @@ from fusedopt import reference
 from fusedopt.entry import Entry
 from fusedopt.formats import FORMATS, random_bits
 from fusedopt.layout import as_real
-from fusedopt.options import BETAS
+from fusedopt.ranges import BETAS
 from fusedopt.rules import Rule
 
 SCALARS_ON_DEVICE = False

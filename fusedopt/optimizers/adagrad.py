@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import SparseOptions
 from fusedopt.rules import RULES
-from fusedopt.types import Backend, Nonfinite, Params, Sparse
+from fusedopt.types import Params
 
 
 class Adagrad(FusedOptimizer):
     r"""AdaGrad: every element's step shrinks with the squares of its gradients so far. For :class:`torch.optim.Adagrad`.
 
-    Suits sparse features, where rare elements keep large steps. Usual lr: 0.01 to 0.1.
+    Suits sparse features, where rare elements keep large steps. With weight decay 0, it takes sparse gradients without
+    ``sparse="lazy"``: the lazy update is then exact. Usual lr: 0.01 to 0.1.
 
     .. math::
         s &\leftarrow s + g^2 \\
@@ -34,12 +37,6 @@ class Adagrad(FusedOptimizer):
         foreach: accepted and ignored: it chooses among torch's implementations.
         fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
             fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
-        nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
-        sparse: ``"lazy"`` takes sparse gradients (COO) whatever the options: the rule is then applied to the rows they touch
-            alone; the others stand still, with their states and their decay. None: only without weight decay,
-            where that is exact.
 
     State: ``step`` (0-d float32), ``sum`` s (shape of the parameter, with ``rowwise`` (rows, 1, …, 1); float32, or float64
     for float64). Made at the first step, not, as in torch, at construction.
@@ -77,10 +74,7 @@ class Adagrad(FusedOptimizer):
         fused: bool | None = None,
         eps_inside_sqrt: bool = False,
         rowwise: bool = False,
-        max_grad_norm: float | None = None,
-        nonfinite: Nonfinite = "propagate",
-        backend: Backend | None = None,
-        sparse: Sparse | None = None,
+        **options: Unpack[SparseOptions],
     ):
         defaults = dict(
             lr=lr,
@@ -94,7 +88,7 @@ class Adagrad(FusedOptimizer):
             fused=fused,
         )
         own_options = {"eps_inside_sqrt": eps_inside_sqrt, "rowwise": rowwise}
-        super().__init__(params, defaults, own_options, max_grad_norm, nonfinite, backend, sparse)
+        super().__init__(params, defaults, own_options, **options)
 
     def share_memory(self) -> None:
         """Puts ``sum`` of every parameter in memory that processes share, as torch; what has no state yet gets it now."""

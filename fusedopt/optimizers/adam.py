@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import SparseOptions
 from fusedopt.rules import RULES
-from fusedopt.types import Backend, Betas, Nonfinite, Params, Sparse
+from fusedopt.types import Betas, Params
 
 
 class Adam(FusedOptimizer):
     r"""Adam, and with ``amsgrad`` AMSGrad. A drop-in for :class:`torch.optim.Adam`.
 
-    Weight decay is L2 here: it passes through the moments. For decay that does not, use `AdamW`.
+    Weight decay is L2 here: it passes through the moments. For decay that does not, use `AdamW`. Every element moves in every
+    step, so sparse gradients need ``sparse="lazy"``. This is torch.optim.SparseAdam, except that eps is added after the bias
+    correction of v, not before it.
 
     .. math::
         m &\leftarrow \beta_1 m + (1 - \beta_1)\,g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\,g^2 \\
@@ -33,12 +37,6 @@ class Adam(FusedOptimizer):
         fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
             fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
         capturable: whether a step may be captured in a CUDA graph.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
-        nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
-        sparse: ``"lazy"`` takes sparse gradients (COO): the rule is then applied to the rows they touch alone; the others
-            stand still, with their moments and their decay. As torch.optim.SparseAdam, whose eps is added before the bias
-            correction of v, here after it. None: they are refused.
 
     State: ``step`` (0-d float32), ``exp_avg`` m, ``exp_avg_sq`` v, with amsgrad ``max_exp_avg_sq`` (shape of the
     parameter, float32, or float64 for float64).
@@ -77,10 +75,7 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         bias_correction: bool = True,
-        max_grad_norm: float | None = None,
-        nonfinite: Nonfinite = "propagate",
-        backend: Backend | None = None,
-        sparse: Sparse | None = None,
+        **options: Unpack[SparseOptions],
     ):
         defaults = dict(
             lr=lr,
@@ -95,9 +90,7 @@ class Adam(FusedOptimizer):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        super().__init__(
-            params, defaults, {"bias_correction": bias_correction}, max_grad_norm, nonfinite, backend, sparse
-        )
+        super().__init__(params, defaults, {"bias_correction": bias_correction}, **options)
 
 
 class AdamW(Adam):
@@ -111,7 +104,9 @@ class AdamW(Adam):
         m &\leftarrow \beta_1 m + (1 - \beta_1)\,g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\,g^2 \\
         \theta &\leftarrow \theta - \eta\,\frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    Args, State, Raises: as `Adam`, with ``weight_decay`` 0.01 and always decoupled.
+    Args: as `Adam`, with ``weight_decay`` 0.01 and always decoupled; and options of the whole optimizer:
+
+    State, Raises: as `Adam`.
 
     Example:
         >>> import torch, fusedopt
@@ -141,10 +136,7 @@ class AdamW(Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = True,
         bias_correction: bool = True,
-        max_grad_norm: float | None = None,
-        nonfinite: Nonfinite = "propagate",
-        backend: Backend | None = None,
-        sparse: Sparse | None = None,
+        **options: Unpack[SparseOptions],
     ):
         if decoupled_weight_decay is not True:  # an argument at all so that AdamW(params, **opt.defaults) works
             raise ValueError("AdamW always decouples weight decay; use Adam for decoupled_weight_decay=False")
@@ -162,10 +154,7 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
             bias_correction=bias_correction,
-            max_grad_norm=max_grad_norm,
-            nonfinite=nonfinite,
-            backend=backend,
-            sparse=sparse,
+            **options,
         )
 
     def __setstate__(self, state: dict) -> None:

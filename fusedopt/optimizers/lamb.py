@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import OptimizerOptions
 from fusedopt.rules import RULES
-from fusedopt.types import Backend, Betas, Nonfinite, Params
+from fusedopt.types import Betas, Params
 
 
 class LAMB(FusedOptimizer):
@@ -33,9 +35,6 @@ class LAMB(FusedOptimizer):
         fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
             fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
         capturable: whether a step may be captured in a CUDA graph.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
-        nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
     State: ``step`` (0-d float32), ``exp_avg`` m, ``exp_avg_sq`` v (shape of the parameter, float32, or float64
     for float64). One pass more over memory
@@ -74,9 +73,7 @@ class LAMB(FusedOptimizer):
         fused: bool | None = None,
         bias_correction: bool = True,
         always_adapt: bool = True,
-        max_grad_norm: float | None = None,
-        nonfinite: Nonfinite = "propagate",
-        backend: Backend | None = None,
+        **options: Unpack[OptimizerOptions],
     ):
         defaults = dict(
             lr=lr,
@@ -89,11 +86,5 @@ class LAMB(FusedOptimizer):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(
-            params,
-            defaults,
-            {"bias_correction": bias_correction, "always_adapt": always_adapt},
-            max_grad_norm,
-            nonfinite,
-            backend,
-        )
+        own_options = {"bias_correction": bias_correction, "always_adapt": always_adapt}
+        super().__init__(params, defaults, own_options, **options)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import OptimizerOptions
 from fusedopt.rules import RULES
-from fusedopt.types import Backend, Betas, Nonfinite, Params
+from fusedopt.types import Betas, Params
 
 
 class NAdam(FusedOptimizer):
@@ -36,9 +38,6 @@ class NAdam(FusedOptimizer):
         fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
             fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
         capturable: whether a step may be captured in a CUDA graph.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
-        nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
     State: ``step`` (0-d float32), ``mu_product`` Π (0-d), ``exp_avg`` m, ``exp_avg_sq`` v (shape of the parameter); Π, m
     and v are float32, or float64 for float64.
@@ -76,9 +75,7 @@ class NAdam(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        nonfinite: Nonfinite = "propagate",
-        backend: Backend | None = None,
+        **options: Unpack[OptimizerOptions],
     ):
         defaults = dict(
             lr=lr,
@@ -93,4 +90,4 @@ class NAdam(FusedOptimizer):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(params, defaults, {}, max_grad_norm, nonfinite, backend)
+        super().__init__(params, defaults, {}, **options)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import OptimizerOptions
 from fusedopt.rules import RULES
-from fusedopt.types import Backend, Nonfinite, Params
+from fusedopt.types import Params
 
 
 class RMSprop(FusedOptimizer):
@@ -40,9 +42,6 @@ class RMSprop(FusedOptimizer):
         fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
             fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
         capturable: whether a step may be captured in a CUDA graph.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
-        nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
 
     State: ``step`` (0-d float32), ``square_avg``, with centered ``grad_avg``, with momentum ``momentum_buffer`` (shape of
     the parameter, float32, or float64 for float64).
@@ -82,9 +81,7 @@ class RMSprop(FusedOptimizer):
         *,
         fused: bool | None = None,
         eps_inside_sqrt: bool = False,
-        max_grad_norm: float | None = None,
-        nonfinite: Nonfinite = "propagate",
-        backend: Backend | None = None,
+        **options: Unpack[OptimizerOptions],
     ):
         defaults = dict(
             lr=lr,
@@ -99,4 +96,4 @@ class RMSprop(FusedOptimizer):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(params, defaults, {"eps_inside_sqrt": eps_inside_sqrt}, max_grad_norm, nonfinite, backend)
+        super().__init__(params, defaults, {"eps_inside_sqrt": eps_inside_sqrt}, **options)

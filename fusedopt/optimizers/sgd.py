@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.options import SparseOptions
 from fusedopt.rules import RULES
-from fusedopt.types import Backend, Nonfinite, Params, Sparse
+from fusedopt.types import Params
 
 
 class SGD(FusedOptimizer):
     r"""Stochastic gradient descent, optionally with momentum. A drop-in for :class:`torch.optim.SGD`.
 
-    With momentum 0 it keeps no state at all. Recommended for convolutional networks: lr 0.1, momentum 0.9, weight decay
+    With momentum 0 it keeps no state at all. With momentum and weight decay 0, it takes sparse gradients without
+    ``sparse="lazy"``: the lazy update is then exact. Recommended for convolutional networks: lr 0.1, momentum 0.9, weight decay
     1e-4, cosine schedule.
 
     .. math::
@@ -32,12 +35,6 @@ class SGD(FusedOptimizer):
         foreach: accepted and ignored: it chooses among torch's implementations.
         fused: True: under a GradScaler the step unscales gradients and checks them for infinities itself, as torch's
             fused optimizers do. Else the scaler does, in a pass of its own. Nothing else depends on it.
-        max_grad_norm: clip the global 2-norm of all gradients to this inside every step; None: do not clip.
-        nonfinite: with a NaN or infinite gradient norm, ``"propagate"`` it, ``"skip"`` the step or raise an ``"error"``.
-        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``; None: FUSEDOPT_BACKEND, else ``"auto"``.
-        sparse: ``"lazy"`` takes sparse gradients (COO) whatever the options: the rule is then applied to the rows they touch
-            alone; the others stand still, with their states and their decay. None: only without momentum and weight decay,
-            where that is exact.
 
     State: ``momentum_buffer`` (shape of the parameter, float32, or float64 for float64), with momentum only.
 
@@ -72,10 +69,7 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_grad_norm: float | None = None,
-        nonfinite: Nonfinite = "propagate",
-        backend: Backend | None = None,
-        sparse: Sparse | None = None,
+        **options: Unpack[SparseOptions],
     ):
         defaults = dict(
             lr=lr,
@@ -88,4 +82,4 @@ class SGD(FusedOptimizer):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(params, defaults, {}, max_grad_norm, nonfinite, backend, sparse)
+        super().__init__(params, defaults, {}, **options)

@@ -11,6 +11,9 @@ fusedopt.SGD(params, sparse="eager")  # mistake
 fusedopt.Lion(params, betas="0.9")  # mistake
 fusedopt.RMSprop(params, sparse="lazy")  # mistake
 fusedopt.Adam(params, max_grad_norm="1.0")  # mistake
+fusedopt.Adan(params, nonfinite=None)  # mistake
+fusedopt.LAMB(params, backend=1)  # mistake
+fusedopt.Adagrad(params, max_norm=1.0)  # mistake
 fusedopt.Adam(3.0)  # mistake
 fusedopt.Adam(params).nonfinite = "ignore"  # mistake
 fusedopt.clip_grad_norm_([torch.optim.SGD(params)], 1.0)  # mistake

@@ -7,6 +7,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 import fusedopt
+from fusedopt.options import OptimizerOptions
 
 model = torch.nn.Linear(3, 2)
 params = model.parameters()
@@ -25,6 +26,8 @@ fusedopt.RAdam(params, decoupled_weight_decay=True)
 fusedopt.Adan(params, betas=(0.98, 0.92, 0.99))
 fusedopt.LAMB(params, always_adapt=False)
 fusedopt.StableAdamW(params, nonfinite="error")
+options: OptimizerOptions = {"max_grad_norm": 1.0, "nonfinite": "skip"}
+assert_type(fusedopt.NAdam(params, lr=1e-3, **options), fusedopt.NAdam)
 lion = fusedopt.Lion(fusedopt.param_groups_weight_decay(model, 0.1, no_decay=["bias"]))
 sam = fusedopt.SAM(params, fusedopt.SGD, rho=0.1, adaptive=True, lr=0.1)
 
