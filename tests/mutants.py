@@ -632,8 +632,8 @@ MUTANTS = [
         (
             "Triton: squares of float32 in float32",
             "kernels",
-            "values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)",
-            "values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE)\n    values = (values * values).to(tl.float64)",
+            "values = load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)",
+            "values = load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE)\n    values = (values * values).to(tl.float64)",
             "test_device.py::test_squares_of_float32_neither_overflow_nor_vanish[triton-1e+20]",
         ),
         (
@@ -815,15 +815,15 @@ MUTANTS = [
         (
             "CUDA: gradient's format taken from the parameter",
             "csrc",
-            "entry.grad_dtype = DType(args.formats[index] >> 8);",
-            "entry.grad_dtype = entry.param_dtype;",
+            "entry.grad_format = Format(args.formats[index] >> 8);",
+            "entry.grad_format = entry.param_format;",
             "test_device.py::test_kernels_take_every_dtype[cuda-AdamW(weight_decay=0.125)-bfloat16-float32]",
         ),
         (
             "CUDA: half of a narrower gradient in double",
             "csrc",
-            "values[i] = T(Codec::load(get<typename Codec::stored>(i)));",
-            "values[i] = T(Codec::load(get<typename Codec::stored>(i))) / (sizeof(T) / sizeof(typename Codec::stored));",
+            "values[i] = T(Codec::decode(get<typename Codec::stored>(i), NoAux()));",
+            "values[i] = T(Codec::decode(get<typename Codec::stored>(i), NoAux())) / (sizeof(T) / 4);",
             "test_cuda.py::test_float64_parameters_take_narrower_gradients[torch.float32]",
         ),
         (

@@ -91,6 +91,11 @@ T __shfl_down_sync(unsigned mask, T value, int distance) {
   return __shfl_sync(mask, value, source < simt::warp ? source : lane);
 }
 
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return __shfl_sync(mask, value, (int(simt::thread_index.x) % simt::warp) ^ lanes);
+}
+
 inline int32_t atomicAdd(int32_t* address, int32_t value) {
   const int32_t before = *address;
   *address += value;
