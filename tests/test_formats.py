@@ -59,7 +59,7 @@ SPLIT = Format("split", torch.int16, halves_decode, halves_encode, aux_dtype=tor
 
 
 @only_on("cpu", "no backend takes part")
-@pytest.mark.parametrize("format", FORMATS.values(), ids=str)
+@pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
 def test_what_a_codec_decodes_it_encodes_again(format):
     values = format.decode(*format.encode(randn((1021,)).to(format.compute_dtype), None))
     assert values.dtype == format.compute_dtype
