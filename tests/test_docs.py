@@ -130,3 +130,4 @@ def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
     tests = [f"tests/test_{what}.py" for what in ("formula", "parity", "rooms", "compiled_code", "triton", "options")]
     output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "EmaSGD or emasgd or vectorised or wall")
     assert int(re.search(r"(\d+) passed", output).group(1)) > 60
+    assert "struct EmaSGD" in run("-m", "fusedopt", "show", "EmaSGD")

@@ -37,6 +37,7 @@ WALLS = {
         "fusedopt/options.py",
         [r"(import|from) fusedopt\.?(?!\.types\b|types\b)", r"\btorch\b", RULE_NAMES, HYPERPARAMETERS],
     ),
+    "who shows a rule computes nothing": ("fusedopt/show.py", [r"\btorch\b(?!\.optim)", r"backends|_C\b"]),
     "who loads the extension knows no tensor": ("fusedopt/extension.py", [r"\btorch\b", r"backends|plan\b"]),
     "classes know their row and the base": (
         "fusedopt/optimizers/*.py",
