@@ -2983,6 +2983,27 @@ MUTANTS = [
             "test_recipes.py::test_recipe_can_be_copied",
         ),
         (
+            "show: a formula without the functions that it calls",
+            "fusedopt",
+            "wanted += [other for other in known",
+            "[other for other in known",
+            "test_show.py::test_formulas_are_what_the_files_hold[lamb]",
+        ),
+        (
+            "show: the end of the longest formula is lost",
+            "fusedopt",
+            'itertools.zip_longest(*columns, fillvalue="")',
+            "zip(*columns)",
+            "test_show.py::test_wide_terminal_shows_the_formulas_side_by_side",
+        ),
+        (
+            "show: wheels without the headers",
+            "pyproject.toml",
+            '"fusedopt.headers", ',
+            "",
+            "test_build.py::test_wheel_made_from_the_sdist_has_every_part",
+        ),
+        (
             "options: not written into signatures",
             "fusedopt",
             "        describe(cls)\n",

@@ -24,7 +24,7 @@ PICTURE = ROOT / "docs/rooms.svg"
 FLOORS = (
     ("__main__",),
     ("__init__",),
-    ("recipes",),
+    ("recipes", "show"),
     ("schedules", "sam", "param_groups"),
     ("optimizers.__init__", "clip"),
     ("optimizers.*",),

@@ -309,6 +309,7 @@ def test_wheel_made_from_the_sdist_has_every_part(sdist, tmp_path):
     assert wheel.name.startswith(f"fusedopt-{fusedopt.__version__}-3.complete-")
     modules = [name for name in mutants.project_files() if re.match(r"(fusedopt|kernels)/.*\.(py|pyi|typed)$", name)]
     expected = {re.sub("^kernels/", "fusedopt/kernels/", name) for name in modules}
+    expected |= {f"fusedopt/headers/{header.name}" for header in (ROOT / "csrc/rules").iterdir()}
     expected |= {f"fusedopt/{name}" for name in (EXTENSION, "_cuda.so", "_cuda.txt")}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
@@ -318,6 +319,10 @@ def test_wheel_made_from_the_sdist_has_every_part(sdist, tmp_path):
     assert kernels == str(tmp_path / "installed/fusedopt/kernels/__init__.py")
     assert problem is None
     assert cuda_part.startswith("built and loads")
+    shown = run(sys.executable, "-m", "fusedopt", "show", "lion", cwd=tmp_path / "installed")
+    assert (
+        shown.stdout == run(sys.executable, "-m", "fusedopt", "show", "lion").stdout and "struct Lion" in shown.stdout
+    )
     if has_nvcc():
         assert cuda_part.startswith("built and loads (for GPUs of compute capability 9.0 by nvcc ")
 

@@ -131,3 +131,4 @@ def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
     names = "EmaSGD or emasgd or vectorised or wall or floors"
     output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", names)
     assert int(re.search(r"(\d+) passed", output).group(1)) > 60
+    assert "struct EmaSGD" in run("-m", "fusedopt", "show", "EmaSGD")

@@ -43,6 +43,7 @@ WALLS = {
         "fusedopt/options.py",
         [r"(import|from) fusedopt\.?(?!\.(types|ranges)\b|(types|ranges)\b)", r"\btorch\b", RULE_NAMES, HYPERPARAMETERS],
     ),
+    "who shows a rule computes nothing": ("fusedopt/show.py", [r"\btorch\b(?!\.optim)"]),
     "who loads the extension knows no tensor": ("fusedopt/extension.py", [r"\btorch\b"]),
     "classes know their row and the base": (
         "fusedopt/optimizers/*.py",
