@@ -23,8 +23,9 @@ PICTURE = ROOT / "docs/rooms.svg"
 # "folder.*" stands for all files of a folder except its __init__.py. The kernels count as one module that imports nothing.
 FLOORS = (
     ("__main__",),
+    ("show",),
     ("__init__",),
-    ("recipes", "show"),
+    ("recipes",),
     ("schedules", "sam", "param_groups"),
     ("optimizers.__init__", "clip"),
     ("optimizers.*",),
