@@ -6,6 +6,8 @@
 # make sanitize  the tests that reach the CPU engine, under the address, undefined-behaviour and thread sanitizers (Linux, GCC)
 # make kernels   what the compilers make of every GPU kernel, Triton's for many GPUs; none need be there
 # make versions  the oldest and newest Python, torch, Triton and NumPy, each in an environment of its own   (ARGS="oldest")
+# make same-bits OTHER=folder  random runs of every class give the same bits as that other checkout, built in place
+# make rooms   checks which module imports which, and draws docs/rooms.svg
 # make mutants planted bugs, each of which a test must notice   (ARGS="Lion norm" takes those whose names contain a word)
 #
 # Needs python3 >= 3.10 and a C++ compiler. Makes .venv; uses the torch and Triton that python3 already has, else installs
@@ -23,7 +25,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py fusedopt/_C.pyi $(shell find csrc -type f)
 
-.PHONY: train test lint fuzz kernels versions mutants bench gpu sanitize clean
+.PHONY: train test lint fuzz kernels versions same-bits rooms mutants bench gpu sanitize clean
 
 train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -51,6 +53,12 @@ kernels: $(VENV)/ready
 
 versions:
 	$(PYTHON) -m tests.versions $(ARGS)
+
+same-bits: $(VENV)/built
+	$(BIN)/python -m tests.same_bits $(OTHER) $(ARGS)
+
+rooms: $(VENV)/built
+	$(BIN)/python -m tests.rooms
 
 mutants: $(VENV)/ready
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -54,7 +54,13 @@ ISA_FLAGS = (
     if IS_X86
     else {"csrc/cpu/baseline.cpp": []}
 )
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/engine.cpp", *ISA_FLAGS]
+SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/cpu/isa.cpp",
+    "csrc/cpu/norm.cpp",
+    "csrc/cpu/update.cpp",
+    *ISA_FLAGS,
+]
 # Slow, and stops at the first report. Python's own flags hold -fwrapv, which would make signed overflow defined.
 SANITIZE = os.environ.get("FUSEDOPT_SANITIZE")
 if SANITIZE:

@@ -26,6 +26,9 @@ using Constant = int32_t (*)();
   X(dtype_float64, Constant)          \
   X(dtype_bfloat16, Constant)         \
   X(dtype_float16, Constant)          \
+  X(dtype_int8, Constant)             \
+  X(dtype_uint8, Constant)            \
+  X(dtype_int16, Constant)            \
   X(dtype_complex64, Constant)        \
   X(dtype_complex128, Constant)
 

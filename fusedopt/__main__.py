@@ -7,7 +7,7 @@ import torch
 
 import fusedopt
 from fusedopt import backends
-from fusedopt.backends import cpu, cuda, triton
+from fusedopt.backends import cuda, triton, watch
 from fusedopt.extension import _C
 from fusedopt.show import show
 
@@ -22,7 +22,7 @@ def doctor() -> None:
         isas = ", ".join(name + (" (used)" if name == _C.isa() else "") for name in _C.available_isas())
         threads = "OpenMP" if _C.has_openmp else "plain threads (built without OpenMP)"
         reading = (
-            "torch's C ABI" if cpu.reads_by_abi else "Python attributes (slower: this torch's C ABI lacks something)"
+            "torch's C ABI" if watch.reads_by_abi else "Python attributes (slower: this torch's C ABI lacks something)"
         )
         kernels = f"{isas}; {threads}; tensors read through {reading}"
     print(

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fusedopt import dtensor
-from fusedopt.errors import named_params, short_dtype
-from fusedopt.plan import compute_dtype, instead_of, new_state
-from fusedopt.rules import Rule, number
-
-if TYPE_CHECKING:
-    from fusedopt.optimizer import FusedOptimizer
+from fusedopt.checks import count_problem, state_problem
+from fusedopt.entry import compute_dtype
+from fusedopt.errors import name_param, named_params
+from fusedopt.rules import Rule
+from fusedopt.states import holding
 
 # What tells optimizers that have no rule here: torch.optim's Adadelta, Adamax, ASGD and Rprop, and those of bitsandbytes.
 OTHER_OPTIMIZERS = ({"acc_delta"}, {"exp_inf"}, {"ax", "eta", "mu"}, {"prev", "step_size"}, {"state1"})
@@ -33,6 +31,18 @@ class Checkpoint:
 
 
 @dataclass
+class Target:
+    """The optimizer that a checkpoint is for."""
+
+    name: str  # of its class
+    rule: Rule
+    param_groups: list[dict[str, Any]]
+    group_defaults: Mapping[str, Any]  # the options that every group has
+    defaults: Mapping[str, Any]  # these, and the options of the whole optimizer
+    check_options: Callable[[dict[str, Any]], None]  # raises ValueError or TypeError for a group
+
+
+@dataclass
 class _Loaded:
     """One parameter of the optimizer, and where its state is in the checkpoint."""
 
@@ -42,39 +52,39 @@ class _Loaded:
     group: Mapping[str, Any]  # the saved options, completed by the optimizer's defaults
 
 
-def read(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Checkpoint:
+def read(target: Target, state_dict: Mapping[str, Any]) -> Checkpoint:
     """What a checkpoint holds, in the form that steps keep it in. Nothing of it is changed or kept.
 
     Raises:
         ValueError: it does not fit the optimizer; the first differences are listed.
     """
-    saved_groups = _in_order(optimizer.param_groups, state_dict.get("param_groups"))
-    differences = [*_group_differences(optimizer, saved_groups, state_dict.get("state"))]
+    saved_groups = _in_order(target.param_groups, state_dict.get("param_groups"))
+    differences = [*_group_differences(target, saved_groups, state_dict.get("state"))]
     if not differences:
         groups = [_without_clip(group) for group in deepcopy(saved_groups)]
         saved_state = dict(state_dict["state"])
-        if optimizer.rule.keeps_step:
+        if target.rule.keeps_step:
             _move_steps_out_of_groups(groups, saved_state)
-        differences = [*_name_differences(optimizer.param_groups, groups)]
+        differences = [*_name_differences(target.param_groups, groups)]
     if not differences:
-        loaded = [*_matched(optimizer, groups)]
-        differences = [*_state_differences(optimizer, loaded, saved_state)]
+        loaded = [*_matched(target, groups)]
+        differences = [*_state_differences(target, loaded, saved_state)]
     if differences:
         listed = "\n  ".join(differences[:5])
         more = f"\n  and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise ValueError(
-            f"{type(optimizer).__name__}.load_state_dict: the checkpoint does not fit this optimizer, "
+            f"{target.name}.load_state_dict: the checkpoint does not fit this optimizer, "
             f"which is unchanged:\n  {listed}{more}"
         )
 
     state: dict[Any, Any] = defaultdict(dict)
     for entry in loaded:
         if entry.saved_id in saved_state:
-            state[entry.param] = _state_of(optimizer.rule, entry, saved_state[entry.saved_id])
+            state[entry.param] = _state_of(target.rule, entry, saved_state[entry.saved_id])
     known = {entry.saved_id for entry in loaded}
     state.update({key: deepcopy(value) for key, value in saved_state.items() if key not in known})
-    warnings = [*_warnings(optimizer, state_dict, groups)]
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+    warnings = [*_warnings(target, state_dict, groups)]
+    for group, saved in zip(target.param_groups, groups, strict=True):
         saved["params"] = group["params"]
         if "param_names" in group:
             saved["param_names"] = group["param_names"]
@@ -101,11 +111,11 @@ def _in_order(groups: list[dict[str, Any]], saved_groups: Any) -> Any:
     return [saved_groups[theirs.index(names)] for names in ours]
 
 
-def _group_differences(optimizer: FusedOptimizer, saved_groups: Any, saved_state: Any) -> Iterator[str]:
+def _group_differences(target: Target, saved_groups: Any, saved_state: Any) -> Iterator[str]:
     if not isinstance(saved_groups, list) or not isinstance(saved_state, Mapping):
         yield "it needs 'param_groups', a list, and 'state', a dict; it is no optimizer's state_dict()"
         return
-    groups = optimizer.param_groups
+    groups = target.param_groups
     if len(saved_groups) != len(groups):
         yield f"it has {len(saved_groups)} parameter groups, the optimizer {len(groups)}"
         return
@@ -119,7 +129,7 @@ def _group_differences(optimizer: FusedOptimizer, saved_groups: Any, saved_state
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             yield f"param_groups[{g}]['param_names'] is no list of names"
         try:
-            optimizer._check_options({**optimizer._group_defaults(), **_without_clip(saved)})
+            target.check_options({**target.group_defaults, **_without_clip(saved)})
         except (ValueError, TypeError) as error:
             yield f"param_groups[{g}]: {error}"
 
@@ -140,18 +150,18 @@ def _move_steps_out_of_groups(groups: list[dict[str, Any]], saved_state: dict[An
             saved_state.update({saved_id: {"step": step, **saved_state[saved_id]} for saved_id in without})
 
 
-def _warnings(optimizer: FusedOptimizer, state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> Iterator[str]:
+def _warnings(target: Target, state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> Iterator[str]:
     """What the training that made the checkpoint did and the optimizer will not do."""
-    name = type(optimizer).__name__
-    for g, (group, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        known = {"params", "param_names", *optimizer.defaults, *optimizer.rule.own_options, *group}
+    name = target.name
+    for g, (group, saved) in enumerate(zip(target.param_groups, groups, strict=True)):
+        known = {"params", "param_names", *target.defaults, *target.rule.own_options, *group}
         unknown = [f"{option}=True" for option, value in saved.items() if value is True and option not in known]
         if unknown:
             yield f"param_groups[{g}] of the checkpoint has {', '.join(unknown)}; {name} has no such option and ignores it"
     places = [state_dict.get("fusedopt"), *state_dict["param_groups"]]
     limits = [place.get("max_grad_norm") for place in places if isinstance(place, Mapping)]
     limit = next((limit for limit in limits if isinstance(limit, (int, float)) and 0 < limit < math.inf), None)
-    if limit is not None and optimizer.max_grad_norm is None:
+    if limit is not None and target.defaults.get("max_grad_norm") is None:
         yield (
             f"the checkpoint was trained with max_grad_norm={limit}, and this optimizer does not clip; to go on clipping, "
             f"set its attribute max_grad_norm to {limit}"
@@ -192,17 +202,17 @@ def _name_differences(groups: list[dict[str, Any]], saved_groups: list[dict[str,
             )
 
 
-def _matched(optimizer: FusedOptimizer, saved_groups: list[dict[str, Any]]) -> Iterator[_Loaded]:
+def _matched(target: Target, saved_groups: list[dict[str, Any]]) -> Iterator[_Loaded]:
     """By name where both sides have the same names, else by position, as in torch."""
     saved_ids = [saved_id for group in saved_groups for saved_id in group["params"]]
-    if _are_same_names(optimizer.param_groups, saved_groups):
+    if _are_same_names(target.param_groups, saved_groups):
         id_of = dict(zip(_names(saved_groups), saved_ids, strict=True))
-        saved_ids = [id_of[name] for name in _names(optimizer.param_groups)]
+        saved_ids = [id_of[name] for name in _names(target.param_groups)]
     remaining = iter(saved_ids)
-    for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
-        options = {**optimizer._group_defaults(), **saved}
-        for i, param in enumerate(group["params"]):
-            yield _Loaded(param, next(remaining), f"param_groups[{g}]['params'][{i}]", options)
+    for g, (group, saved) in enumerate(zip(target.param_groups, saved_groups, strict=True)):
+        options = {**target.group_defaults, **saved}
+        for i, name, param in named_params(group):
+            yield _Loaded(param, next(remaining), name_param(g, i, name, param), options)
 
 
 # ---- states ----------------------------------------------------------------------------------------------------
@@ -213,12 +223,9 @@ def _is_own(rule: Rule, name: Any) -> bool:
     return name == "step" or name in rule.state_names
 
 
-def _state_differences(
-    optimizer: FusedOptimizer, loaded: list[_Loaded], saved_state: Mapping[Any, Any]
-) -> Iterator[str]:
-    rule, name_of_class = optimizer.rule, type(optimizer).__name__
+def _state_differences(target: Target, loaded: list[_Loaded], saved_state: Mapping[Any, Any]) -> Iterator[str]:
+    rule, name_of_class = target.rule, target.name
     own_states = {state.name: state for state in rule.states}
-    scalars = ["step"] * rule.keeps_step + [rule.extra] * bool(rule.extra)
     param_of: dict[Any, torch.Tensor] = {}
     for entry in loaded:
         where, param = entry.where, entry.param
@@ -238,7 +245,7 @@ def _state_differences(
         stored = [kept.name for kept in rule.stored(entry.group) if kept and (rule.keeps_step or kept.option is None)]
         # A frozen one has never stepped; what it has is a wrapper's.
         is_frozen = is_new and "step" not in saved and not param.requires_grad
-        for name in [] if is_frozen else [*scalars, *stored]:
+        for name in [] if is_frozen else [*rule.counts_kept, *stored]:
             if saved.get(name) is None:
                 yield f"{where}: state {name!r} is missing (it has {', '.join(map(str, saved))})"
         for name, value in saved.items():
@@ -248,9 +255,9 @@ def _state_differences(
             elif value is not None:
                 kept = own_states.get(name)
                 shape = rule.state_shape(entry.group, kept, param.shape) if kept else ()
-                reason = _misfit(value, param, shape) if kept else _no_count(value)
-                if reason:
-                    yield f"{where}: state {name!r} {reason}"
+                problem = state_problem(value, param, shape) if kept else count_problem(value)
+                if problem:
+                    yield f"{where}: state {name!r} {problem[1]}"
     tensors_of_rules = Rule.all_state_names() - {"step"}  # a user's own entry may well have a step
     strangers = [
         repr(key)
@@ -267,7 +274,8 @@ def _state_of(rule: Rule, entry: _Loaded, saved: Mapping[Any, Any]) -> dict[Any,
     param, result = entry.param, {}
     for name, value in saved.items():
         if name in own_states and value is not None:
-            result[name] = new_state(param, rule.state_shape(entry.group, own_states[name], param.shape)).copy_(value)
+            shape = rule.state_shape(entry.group, own_states[name], param.shape)
+            result |= holding(rule, own_states[name], param, shape, value)
         elif _is_own(rule, name):
             if value is not None:
                 dtype = torch.float32 if name == "step" else compute_dtype(param)
@@ -286,31 +294,3 @@ def _copied(value: Any, device: torch.device) -> Any:
     if type(value) is dict:
         return {key: _copied(item, device) for key, item in value.items()}
     return deepcopy(value)
-
-
-def _misfit(value: Any, param: torch.Tensor, shape: tuple[int, ...]) -> str | None:
-    """Why a saved value cannot become a state of that parameter."""
-    if not isinstance(value, torch.Tensor):
-        return f"is a {type(value).__name__}, not a tensor"
-    if value.shape != shape:
-        return f"has shape {tuple(value.shape)}{instead_of(shape, param)}, the parameter {tuple(param.shape)}"
-    problem = dtensor.misplaced(value, param)
-    if problem:
-        return f"is {problem}"
-    if value.layout != torch.strided or value.is_meta:
-        return "is on the meta device, it has no values" if value.is_meta else f"has layout {value.layout}"
-    is_number = value.is_floating_point() or value.is_complex()
-    if not is_number or value.is_complex() != param.is_complex():
-        return f"is {short_dtype(value)}, the parameter {short_dtype(param)}"
-    return None
-
-
-def _no_count(value: Any) -> str | None:
-    """Why a saved value cannot become a step count, or another scalar that counts up."""
-    if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_meta):
-        return f"has shape {tuple(value.shape)} on {value.device}, not one value"
-    try:
-        count = number("it", value)
-    except ValueError:
-        return f"is {value!r}, not a number"
-    return None if 0 <= count < math.inf else f"is {count}"

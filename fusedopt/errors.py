@@ -4,7 +4,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,6 +23,11 @@ def name_param(group_index: int, index: int, name: str | None, param: torch.Tens
         f"param_groups[{group_index}]['params'][{index}]{quoted}, shape {tuple(param.shape)}, "
         f"{short_dtype(param)} on {param.device}"
     )
+
+
+def fail(kind: type[Exception], owner: str, where: object, reason: str) -> NoReturn:
+    """Raises an error that says who refuses what, why, and that nothing was updated."""
+    raise kind(f"{owner}: {where}: {reason}; {UNCHANGED}")
 
 
 def named_params(group: Mapping[str, Any]) -> Iterator[tuple[int, str | None, Any]]:

@@ -10,6 +10,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+from fusedopt.formats import FORMATS
 from fusedopt.rules import RULES
 
 FOLDER = Path(__file__).parent
@@ -59,6 +60,10 @@ def _difference(module: Any) -> str | None:
     table = {(rule.name, " ".join(rule.hyper), len(rule.states), rule.num_sums) for rule in RULES.values()}
     if kernels != table:
         return f"it differs in the rule {min(kernels ^ table)[0]!r}"
+    codecs = {(name, *facts) for name, (_, *facts) in module.formats.items()}
+    formats = {(row.name, *row.facts) for row in FORMATS.values()}
+    if codecs != formats:
+        return f"it differs in the storage format {min(name for name, *_ in codecs ^ formats)!r}"
     return None
 
 

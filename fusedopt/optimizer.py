@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, overload
 
 import torch
 from typing_extensions import Unpack
 
-from fusedopt import backends, checkpoint, clip
+from fusedopt import backends, checkpoint, states
+from fusedopt.checks import PARAM_DTYPES, listed
 from fusedopt.compiler import not_compiled
-from fusedopt.errors import UNCHANGED, name_param, named_params, warn
-from fusedopt.options import OPTIMIZER_OPTIONS, SparseOptions, describe, taken
-from fusedopt.plan import PARAM_DTYPES, Plan, first_state
+from fusedopt.errors import name_param, named_params, warn
+from fusedopt.options import (
+    OPTIMIZER_OPTIONS,
+    SparseOptions,
+    check_max_grad_norm,
+    check_max_norm,
+    check_nonfinite,
+    check_sparse,
+    describe,
+    taken,
+)
+from fusedopt.plan import NO_SOURCES
+from fusedopt.record import StepRecord
 from fusedopt.rules import Rule, check_no_own, read_options
-from fusedopt.sparse import check_mode
 from fusedopt.stalls import StallWatch
+from fusedopt.step import Planned, Plans, Request, defer_clip, step
 from fusedopt.types import Backend, Loss, Nonfinite, Params, Sparse
 
 
@@ -55,14 +63,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         whole = taken(type(self), options, self.rule.takes_sparse)
         if defaults.get("differentiable"):
             raise RuntimeError(f"{type(self).__name__} does not support differentiable=True; use torch.optim for it")
-        self._clip = clip.Clip()
         resolved = backends.resolve(whole["backend"])
-        self._plans: dict[str, Plan] = {}  # by what they are for; a dict, so that wrappers of this optimizer share it
-        self._stalls = StallWatch()
-        self._in_step: dict[int, int] = {}  # process -> the thread that is in a step
+        # What methods modify is in objects, so that wrappers that copy this optimizer's attributes share it.
+        self._plans, self._record, self._stalls = Plans(), StepRecord(), StallWatch()
         changed = {name: value for name, value in own_options.items() if value != self.rule.own_options[name]}
-        whole["max_grad_norm"] = clip.check_max_grad_norm(whole["max_grad_norm"])
-        whole["nonfinite"] = clip.check_nonfinite(whole["nonfinite"])
+        whole["max_grad_norm"] = check_max_grad_norm(whole["max_grad_norm"])
+        whole["nonfinite"] = check_nonfinite(whole["nonfinite"])
         self._check_sparse(whole.get("sparse"))
         whole = {**self.__dict__.pop("defaults", {}), **whole}  # a subclass put its own there
         super().__init__(params, {**defaults, **changed, **whole})
@@ -127,10 +133,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise type(error)(f"{where}: {error}") from None
             for i, name, param in named_params(group):
                 if param.requires_grad and param.dtype not in PARAM_DTYPES:
-                    supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
                     raise TypeError(
                         f"{type(self).__name__}: {name_param(index, i, name, param)}: "
-                        f"parameters of this dtype are not supported (supported: {supported})"
+                        f"parameters of this dtype are not supported (supported: {listed(PARAM_DTYPES)})"
                     )
             if "betas" in group and not isinstance(group["betas"], tuple):
                 group["betas"] = tuple(map(_plain_number, group["betas"]))  # so that checkpoints hold no foreign types
@@ -160,78 +165,38 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError, TypeError, RuntimeError: naming the parameter or option at fault. Then parameters, states and
                 step counts are exactly what they were.
         """
-        self._stalls.report()
+        if self._stalls.answers:
+            self._stalls.report()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._planned("step") as plan:
-            self._update(plan)
-            self._stalls.look(plan, self._clip.skipped_steps)
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by GradScaler
+        step(self._request("step"), self._record, self._stalls, self.defaults, scale, found_inf)
         return loss
 
-    def _update(self, plan: Plan) -> None:
-        self._clip.step(plan, self.max_grad_norm, self.nonfinite, *self._of_scaler())
+    def _request(self, caller: str) -> Request:
+        """For a plan of the gradients there are now; see `Planned`."""
+        return self._request_for("step", caller, self.rule, self.param_groups, self.state, NO_SOURCES)
 
-    def _of_scaler(self) -> tuple[Any, Any]:
-        """Set by GradScaler: what to divide gradients by, and whether it found one that is not finite."""
-        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-
-    def _planned(self, caller: str) -> contextlib.AbstractContextManager[Plan]:
-        """The plan for the gradients there are now, validated and holding them, for one thread at a time.
-
-        State made for an update that then does not happen is gone again.
-        """
-        return self._with_plan(caller, "step", self.rule, self.param_groups, self.state, {})
-
-    @contextlib.contextmanager
-    def _with_plan(
+    def _request_for(
         self,
-        caller: str,
         purpose: str,
+        caller: str,
         rule: Rule,
         param_groups: list[dict[str, Any]],
         state: dict[torch.Tensor, dict[str, Any]],
         sources: Mapping[torch.Tensor, torch.Tensor],
-    ) -> Iterator[Plan]:
-        """The same of any rule, groups and states; between steps the plan is ``_plans[purpose]``."""
-        owner, process, thread, plan = f"{type(self).__name__}.{caller}", os.getpid(), threading.get_ident(), None
-        try:
-            # One operation, so that no thread can come between. By process, so that a fork during a step leaves the child
-            # free; by thread, so that one that an interrupt threw out of its step can go on.
-            if self._in_step.setdefault(process, thread) != thread:
-                raise RuntimeError(f"{owner}: another thread is in a step of the same optimizer; {UNCHANGED}")
-            plan = self._plans.get(purpose)
-            if plan is not None:
-                plan.owner = owner
-            is_lazy = self.sparse == "lazy"
-            if plan is None or plan.is_lazy != is_lazy or not plan.refresh(param_groups, state):
-                before = plan
-                if before is not None:
-                    before.release()
-                self._plans.pop(purpose, None)
-                plan = Plan(owner, rule, param_groups, state, is_lazy, self.defaults)
-                plan.make(param_groups, self.backend, before, sources)  # apart: an interrupt finds the state it made
-                if not plan.refresh(param_groups, state):
-                    raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
-                self._plans[purpose] = plan
-            yield plan
-        finally:
-            try:
-                if plan is not None:
-                    try:
-                        plan.release()
-                    finally:
-                        if plan.discard_fresh_state():
-                            self._plans.pop(purpose, None)
-            finally:
-                if self._in_step.get(process) == thread:
-                    del self._in_step[process]
+    ) -> Request:
+        """The same for any rule, groups and states; between steps the plan is kept under its purpose."""
+        whole, owner = self.defaults, f"{type(self).__name__}.{caller}"
+        arguments = (owner, rule, param_groups, state, whole.get("sparse") == "lazy", whole, sources)
+        return Request(self._plans, purpose, whole.get("backend"), arguments)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch; also drops a `clip_grad_norm_` that no step has used."""
         super().zero_grad(set_to_none)
-        self._clip.forget()
+        self._record.pending = None
 
     def _make_first_state(self, group: dict[str, Any], param: torch.Tensor) -> None:
         """The state that a parameter starts from, ahead of its first step; what there is stays."""
@@ -239,19 +204,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self.rule.keeps_step:
             state.setdefault("step", torch.zeros((), dtype=torch.float32, device="cpu"))
         for kept in self.rule.stored(group):
-            if kept is not None and state.get(kept.name) is None:
-                state[kept.name] = first_state(self.rule, group, kept, param)
+            if kept is not None and state.get(states.names(self.rule, kept, param)[0]) is None:
+                state.update(states.first(self.rule, group, kept, param))
 
     # ---- clipping ----------------------------------------------------------------------------------------------
 
+    @not_compiled
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> torch.Tensor:
         """Clips by global norm at the next `step`; see `fusedopt.clip_grad_norm_`. Gradients are not written."""
-        return clip.clip_grad_norm_(self, max_norm, error_if_nonfinite=error_if_nonfinite)
+        limit = check_max_norm("max_norm", max_norm)
+        with Planned(self._request("clip_grad_norm_")) as plan:
+            return defer_clip([plan], [self._record], limit, error_if_nonfinite)
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
         """Global 2-norm of the last unscaled gradients before clipping, 0-d; None before a step or clip computed one."""
-        return self._clip.grad_norm
+        return self._record.grad_norm
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -260,7 +228,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        self.defaults["max_grad_norm"] = clip.check_max_grad_norm(value)
+        self.defaults["max_grad_norm"] = check_max_grad_norm(value)
 
     @property
     def nonfinite(self) -> Nonfinite:
@@ -269,12 +237,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @nonfinite.setter
     def nonfinite(self, value: Nonfinite) -> None:
-        self.defaults["nonfinite"] = clip.check_nonfinite(value)
+        self.defaults["nonfinite"] = check_nonfinite(value)
 
     @property
     def skipped_steps(self) -> int | torch.Tensor:
         """How many steps changed nothing because a gradient was not finite; 0-d where a device decides, without waiting."""
-        return self._clip.skipped_steps
+        return self._record.skipped_steps
 
     @property
     def backend(self) -> Backend | None:
@@ -293,20 +261,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.defaults["sparse"] = value
 
     def _check_sparse(self, value: Sparse | None) -> None:
-        if check_mode(value) is not None and not self.rule.takes_sparse:
+        if check_sparse(value) is not None and not self.rule.takes_sparse:
             raise ValueError(f"{type(self).__name__} takes no sparse gradients: sparse must be None, got {value!r}")
 
     # ---- copies and checkpoints --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: self.__dict__[name] for name in ("_clip", "_step_supports_amp_scaling") if name in self.__dict__}
+        kept = {
+            name: self.__dict__[name] for name in ("_record", "_step_supports_amp_scaling") if name in self.__dict__
+        }
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_plans", {}).pop("step", None)
-        self.__dict__.setdefault("_in_step", {})
+        self.__dict__.setdefault("_plans", Plans()).kept.clear()
         self.__dict__.setdefault("_stalls", StallWatch())
+        self.__dict__.setdefault("_record", StepRecord())
         for group in self.param_groups:
             for name, value in self._group_defaults().items():
                 group.setdefault(name, value)
@@ -315,9 +285,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch. Where every step clips, one more entry says so, for `load_state_dict` to compare: ``"fusedopt"``."""
         result = super().state_dict()
-        for group in result["param_groups"]:
+        for group, saved in zip(self.param_groups, result["param_groups"], strict=True):
             for name in OPTIMIZER_OPTIONS:
-                group.pop(name, None)  # if something filled groups from `defaults`
+                saved.pop(name, None)  # if something filled groups from `defaults`
+            for param, index in zip(group["params"], saved["params"], strict=True):
+                if index in result["state"]:
+                    result["state"][index] = states.decoded(self.rule, param, result["state"][index])
         if self.max_grad_norm is not None:
             result["fusedopt"] = {"max_grad_norm": self.max_grad_norm}
         return result
@@ -346,11 +319,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             replaced = hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        saved = checkpoint.read(self, state_dict)
+        target = checkpoint.Target(
+            type(self).__name__,
+            self.rule,
+            self.param_groups,
+            self._group_defaults(),
+            self.defaults,
+            self._check_options,
+        )
+        saved = checkpoint.read(target, state_dict)
         for message in saved.warnings:  # first: they may be errors, and then nothing has changed
             warn(f"{type(self).__name__}.load_state_dict: {message}")
         self.__setstate__({"state": saved.state, "param_groups": saved.param_groups})
-        self._clip.forget()
+        self._record.pending = None
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

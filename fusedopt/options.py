@@ -13,7 +13,11 @@ from typing import Annotated, Any, NamedTuple, TypedDict, get_args, get_type_hin
 
 from typing_extensions import Unpack
 
+from fusedopt.ranges import number
 from fusedopt.types import Backend, Nonfinite, Sparse
+
+NONFINITE: tuple[Nonfinite, ...] = get_args(Nonfinite)
+SPARSE_MODES: tuple[Sparse | None, ...] = (None, "lazy")
 
 
 class Option(NamedTuple):
@@ -122,3 +126,58 @@ def taken(cls: type, given: Mapping[str, Any], takes_sparse: bool) -> dict[str, 
             takers = [base for base in cls.__mro__ if hasattr(base.__dict__.get("__init__"), "__signature__")]
             raise TypeError(f"{[*takers, cls][0].__qualname__}.__init__() got an unexpected keyword argument {name!r}")
     return {name: given.get(name, option.default) for name, option in known.items()}
+
+
+# ---- their values ----------------------------------------------------------------------------------------------
+
+
+def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
+    """The limit of every step as a float; None stays None.
+
+    Raises:
+        ValueError: zero, which configurations use for "off", negative, NaN or not a number.
+    """
+    if max_grad_norm is None:
+        return None
+    value = number("max_grad_norm", max_grad_norm)
+    if value == 0:
+        raise ValueError(
+            f"max_grad_norm must be > 0, got {max_grad_norm} (it would zero every gradient); pass None to disable clipping"
+        )
+    if not value > 0:
+        raise ValueError(f"max_grad_norm must be > 0 (inf: compute the norm, do not clip), got {max_grad_norm}")
+    return value
+
+
+def check_max_norm(name: str, max_norm: float) -> float:
+    """The limit of one clip as a float.
+
+    Raises:
+        ValueError: negative, NaN or not a number.
+    """
+    value = number(name, max_norm)
+    if not value >= 0:
+        raise ValueError(f"{name} must be >= 0 (inf: compute the norm, do not clip), got {max_norm}")
+    return value
+
+
+def check_nonfinite(value: Nonfinite) -> Nonfinite:
+    """The same value.
+
+    Raises:
+        ValueError: none of `NONFINITE`.
+    """
+    if value not in NONFINITE:
+        raise ValueError(f"nonfinite must be one of {', '.join(map(repr, NONFINITE))}, got {value!r}")
+    return value
+
+
+def check_sparse(value: Sparse | None) -> Sparse | None:
+    """The same value.
+
+    Raises:
+        ValueError: none of `SPARSE_MODES`.
+    """
+    if not any(value is mode or (isinstance(value, str) and value == mode) for mode in SPARSE_MODES):
+        raise ValueError(f"sparse must be None or 'lazy', got {value!r}")
+    return value

@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fusedopt import schedules
 from fusedopt.optimizers import SGD, Adam, AdamW, Lion
 from fusedopt.param_groups import param_groups_weight_decay
-from fusedopt.rules import integer
+from fusedopt.ranges import integer
 from fusedopt.sam import SAM
 
 __all__ = ["Recipe", "fine_tuning", "image_from_scratch", "rnn", "transformer_pretraining"]

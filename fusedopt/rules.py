@@ -7,13 +7,12 @@
 from __future__ import annotations
 
 import functools
-import math
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fusedopt.options import OPTIMIZER_OPTIONS
+from fusedopt.ranges import BETAS, RANGES, check_range, flag, is_elsewhere, is_sequence, number
 
 
 @dataclass(frozen=True)
@@ -23,50 +22,8 @@ class State:
     name: str
     option: str | None = None  # the group option that must be on for the state to exist; None: always
     initial: str | None = None  # the group option that holds its first value; None: 0
-    per_row: str | None = None  # the group option under which it has one value a row: shape (rows, 1, …, 1)
-
-
-def number(name: str, value: Any, takes_bool: bool = False) -> float:
-    """An option's value as a float: a number, or a tensor of one element. A bool or a string is a mistake, not a number."""
-    if type(value) is float:
-        return value
-    try:
-        is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
-        if not isinstance(value, (str, bytes)) and (takes_bool or not is_bool):
-            return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        pass
-    raise ValueError(f"{name} must be a number, got {value!r}")
-
-
-def is_sequence(value: Any) -> bool:
-    """Whether it holds values in an order: a tuple or list, one of a configuration library, a NumPy array, a 1-d tensor."""
-    if isinstance(value, (str, bytes, Mapping)):
-        return False
-    return isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
-
-
-def integer(name: str, value: Any, low: int) -> int:
-    """A count as Python's int: of any library's integers, but no bool."""
-    try:
-        checked = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        checked = None
-    if checked is None or checked < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-    return checked
-
-
-def is_elsewhere(value: Any) -> bool:
-    """Whether it is a tensor of one element that some device has: reading it would wait for the device."""
-    return not getattr(value, "is_cpu", True) and value.numel() == 1
-
-
-def flag(name: str, value: Any) -> bool:
-    """An option that is on or off."""
-    if isinstance(value, int) and value in (0, 1):  # True and False too
-        return bool(value)
-    raise ValueError(f"{name} must be True or False, got {value!r}")
+    per_row: str | None = None  # the group option under which it has one value per row: shape (rows, 1, …, 1)
+    is_scratch: bool = False  # holds nothing from step to step: one that no longer fits its parameter is made anew
 
 
 @dataclass(frozen=True)
@@ -81,7 +38,7 @@ class Rule:
     keeps_step: bool = True  # state["step"] exists; without it the count is kept by the plan
     num_sums: int = 0  # over each tensor, of what the rule measures before it updates any element
     norm_weight: str | None = None  # the option under which gradients are taken times their parameters for the norm
-    extra: str | None = None  # a second scalar per parameter that starts at 1
+    extra: str | None = None  # a 0-d state beside the step count; starts at 1
     own_options: Mapping[str, Any] = field(default_factory=dict)  # options torch has not, and what their absence means
     takes_sparse: bool = False  # gradients, with sparse="lazy" at least
     still_without: tuple[str, ...] | None = None  # options; with all of them 0, an element of gradient 0 stands still
@@ -94,10 +51,19 @@ class Rule:
         return tuple(name for name in self.hyper if name in BETAS)
 
     @functools.cached_property
+    def counts(self) -> Mapping[str, float]:
+        """What it counts per parameter, in 0-d tensors, and its first value. The step count comes first."""
+        return {"step": 0.0} if self.extra is None else {"step": 0.0, self.extra: 1.0}
+
+    @functools.cached_property
     def state_names(self) -> frozenset[str]:
         """Everything it keeps in a parameter's state, whatever the options."""
-        scalars = ["step"] * self.keeps_step + [self.extra] * (self.extra is not None)
-        return frozenset((*scalars, *(state.name for state in self.states)))
+        return frozenset((*self.counts_kept, *(state.name for state in self.states)))
+
+    @functools.cached_property
+    def counts_kept(self) -> tuple[str, ...]:
+        """Those of its `counts` that are in ``state``."""
+        return tuple(name for name in self.counts if name != "step" or self.keeps_step)
 
     @staticmethod
     @functools.cache
@@ -165,24 +131,6 @@ class Rule:
                 values.append(value if is_elsewhere(value) else number(label, value))
         return tuple(values)
 
-
-BETAS = ("beta1", "beta2", "beta3")  # what a group's `betas` holds
-# Every hyperparameter that must lie in a range: (smallest, largest, whether the largest is allowed).
-RANGES = {
-    "lr": (0, math.inf, False),
-    "beta1": (0, 1, False),
-    "beta2": (0, 1, False),
-    "beta3": (0, 1, False),
-    "eps": (0, math.inf, False),
-    "weight_decay": (0, math.inf, False),
-    "momentum": (0, math.inf, False),
-    "dampening": (-math.inf, math.inf, False),
-    "alpha": (0, 1, True),
-    "lr_decay": (0, math.inf, False),
-    "momentum_decay": (0, math.inf, False),
-    "rho": (0, math.inf, False),
-    "initial_accumulator_value": (0, math.inf, False),
-}
 
 # The decay of the cases is a power of two: λθ is then exact, and g + λθ keeps its relative accuracy where it cancels.
 _ADAM_HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "bias_correction")
@@ -353,7 +301,7 @@ RULES = {
         Rule(
             name="sam",  # the ascent alone, which the class SAM puts before a step of any other rule
             hyper=("rho", "adaptive"),
-            states=(State("old_param"),),
+            states=(State("old_param", is_scratch=True),),
             paper="Foret et al. 2021; Kwon et al. 2021",
             optimizers={},
             keeps_step=False,
@@ -381,11 +329,11 @@ def read_options(rule: Rule, group: Mapping[str, Any]) -> Options:
     scalars = rule.scalars(group)
     for name, value in zip(rule.hyper, scalars, strict=True):
         if name in RANGES and not is_elsewhere(value):
-            _check_range(name, value, given=_given(group, name))
+            check_range(name, value, given=_given(group, name))
     for state in rule.states:
         if state.initial is not None:
             initial = number(state.initial, group[state.initial])
-            _check_range(state.initial, initial, given=group[state.initial])
+            check_range(state.initial, initial, given=group[state.initial])
     if "nesterov" in rule.hyper and group["nesterov"] and not (group["momentum"] > 0 and group["dampening"] == 0):
         raise ValueError(
             f"nesterov=True needs momentum > 0 and dampening = 0, "
@@ -415,7 +363,7 @@ def check_no_own(rule: Rule, group: dict[str, Any], whole: Mapping[str, Any]) ->
 
 def with_lr(rule: Rule, options: Options, lr: float) -> Options:
     """The same options but for the learning rate, on which no other depends; or ValueError if it is out of range."""
-    _check_range("lr", lr, given=lr)
+    check_range("lr", lr, given=lr)
     index = rule.hyper.index("lr")
     scalars = (*options.scalars[:index], lr, *options.scalars[index + 1 :])
     return Options(scalars, *options[1:])
@@ -423,14 +371,3 @@ def with_lr(rule: Rule, options: Options, lr: float) -> Options:
 
 def _given(group: Mapping[str, Any], name: str) -> Any:
     return group["betas"][BETAS.index(name)] if name in BETAS else group[name]
-
-
-def _check_range(name: str, value: float, given: Any) -> None:
-    low, high, includes_high = RANGES[name]
-    if value > -math.inf and (low <= value < high or (includes_high and value == high)):
-        return
-    label = f"betas[{BETAS.index(name)}]" if name in BETAS else name
-    bounds = [f">= {low:g}"] if low > -math.inf else []
-    if high < math.inf:
-        bounds.append(f"{'<=' if includes_high else '<'} {high:g}")
-    raise ValueError(f"{label} must be {' and '.join(bounds) or 'a finite number'}, got {given}")

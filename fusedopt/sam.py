@@ -8,7 +8,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from operator import is_
 from typing import Any, ClassVar, overload
 
 import torch
@@ -19,8 +18,10 @@ from fusedopt.errors import UNCHANGED
 from fusedopt.interrupts import uninterrupted
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import AdamW
-from fusedopt.plan import state_dtype
-from fusedopt.rules import RULES, flag, read_options
+from fusedopt.plan import NO_SOURCES, Plan
+from fusedopt.ranges import flag
+from fusedopt.rules import RULES, read_options
+from fusedopt.step import Planned, Request, fail_nonfinite, measured, measured_on_device, step, update
 from fusedopt.types import Loss, Params
 
 
@@ -33,6 +34,7 @@ class Ascent:
     sources: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
     # Between the two steps the parameters that are away from where they belong, which is in `sources`; else None.
     ascended: list[torch.Tensor] | None = None
+    is_asynchronous: bool = False  # whether their device may decide to skip the second step
     is_skipping: bool = False
 
 
@@ -191,7 +193,8 @@ class SAM(FusedOptimizer):
             RuntimeError: no closure and no `first_step` before; a closure after `first_step`. And as `base`; then the
                 parameters are where they were before.
         """
-        self._stalls.report()
+        if self._stalls.answers:
+            self._stalls.report()
         if closure is None:
             if self._ascent.ascended is None and any(float(group["lr"]) != 0 for group in self.param_groups):
                 raise RuntimeError(
@@ -234,30 +237,12 @@ class SAM(FusedOptimizer):
             raise RuntimeError(
                 f"{type(self).__name__}.first_step: was called before; second_step() or restore() ends it; {UNCHANGED}"
             )
-        try:
-            self._ascend()
-        except (ValueError, TypeError):
-            if not self._drop_misfits():
-                raise
-            self._ascend()
+        self._ascend()
         if zero_grad:
             self.zero_grad()
 
-    def _drop_misfits(self) -> bool:
-        """Forgets old weights of parameters that have another form now. False: there were none."""
-        misfits = [
-            param
-            for param, kept in self._ascent.state.items()
-            for old in kept.values()
-            if (old.shape, old.dtype, old.device) != (param.shape, state_dtype(param), param.device)
-        ]
-        for param in misfits:
-            del self._ascent.state[param]
-            self._ascent.sources.pop(param, None)
-        return bool(misfits)
-
     def _ascend(self) -> None:
-        with self._ascent_plan() as plan:
+        with Planned(self._ascent_request()) as plan:
             active = [entry.owner for entry in plan.active()]
             sources = {param: self._ascent.state[param]["old_param"] for param in active}
             if any(self._ascent.sources.get(param) is not source for param, source in sources.items()):
@@ -266,21 +251,22 @@ class SAM(FusedOptimizer):
             coef: float | None = 1.0
             on_device = {}
             if plan.asynchronous is not None and self.nonfinite == "propagate":
-                norm, _ = plan.measure(math.inf, None, 1.0, torch.float64)
+                norm, _ = measured_on_device(plan, math.inf, None, 1.0, torch.float64)
                 inverse = _inverse(norm)
                 on_device = {"control": torch.stack([inverse, torch.zeros_like(inverse)])}
             else:
-                norm = plan.grad_norm()
+                norm = measured(plan)
                 if math.isfinite(norm) or self.nonfinite == "propagate":
                     coef = _inverse(norm)
                 elif self.nonfinite == "skip":
                     coef = None
                 else:
-                    plan.fail_nonfinite()
+                    fail_nonfinite(plan)
             with uninterrupted():  # what has ascended must be known to have
                 if coef is not None:
-                    plan.update(coef, **on_device)
+                    update(plan, coef, **on_device)
                 self._ascent.ascended = active if coef is not None else []
+                self._ascent.is_asynchronous = plan.asynchronous is not None
                 self._ascent.is_skipping = coef is None
 
     @not_compiled
@@ -327,41 +313,48 @@ class SAM(FusedOptimizer):
         """The step of ``base`` from the sources."""
         ascent = self._ascent
         if ascent.is_skipping:
-            self._clip.count_skip()
+            self._record.count_skip()
             return self.restore()
-        _, found_inf = self._of_scaler()
-        with self._planned("step") as plan:
-            # What the device may decide to skip, it must not have to restore.
-            is_certain = plan.asynchronous is None or (self.nonfinite != "skip" and found_inf is None)
-            active, ascended = [entry.owner for entry in plan.active()], ascent.ascended or []
-            is_same = len(active) == len(ascended) and all(map(is_, active, ascended))
-            plan.reads_sources = bool(ascended) and is_certain and is_same
-            if not plan.reads_sources:
+
+        def put_back(plan: Plan) -> None:
+            if plan.sources is NO_SOURCES:
                 self.restore()
-            try:
-                with uninterrupted():  # what is where it belongs must not be brought back again
-                    self._update(plan)
-                    if plan.has_updated:
-                        ascent.ascended = None
-            finally:
-                plan.reads_sources = False
-            if plan.has_updated:
-                self._stalls.look(plan, self._clip.skipped_steps)
+
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        request, whole = self._request("step"), self.defaults
+        with uninterrupted():  # what is where it belongs must not be brought back again
+            if step(request, self._record, self._stalls, whole, scale, found_inf, before=put_back):
+                ascent.ascended = None
         self.restore()
 
-    def _planned(self, caller: str) -> Any:
-        plan, sources = self._plans.get("step"), self._ascent.sources
-        if plan is not None and self._ascent.ascended and plan.sources is not sources:
-            del self._plans["step"]
-        return self._with_plan(caller, "step", self.rule, self.param_groups, self.state, sources)
+    def _can_read_sources(self) -> bool:
+        """Whether a step can read the weights where the ascent left them, so that they need not be put back before it."""
+        ascent = self._ascent
+        # What the device may decide to skip, it must not have to restore.
+        is_certain = not ascent.is_asynchronous or (
+            self.nonfinite != "skip" and getattr(self, "found_inf", None) is None
+        )
+        if not is_certain or not ascent.ascended:
+            return False
+        active = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        return {*map(id, active)} == {*map(id, ascent.ascended)}
 
-    def _ascent_plan(self) -> Any:
+    def _request(self, caller: str) -> Request:
+        if self._can_read_sources():
+            purpose, sources = "step from sources", self._ascent.sources
+        else:
+            purpose, sources = "step", NO_SOURCES
+        return self._request_for(purpose, caller, self.rule, self.param_groups, self.state, sources)
+
+    def _ascent_request(self) -> Request:
         if len(self._ascent.groups) != len(self.param_groups):
             self._ascent.groups = [{} for _ in self.param_groups]
         for own, group in zip(self._ascent.groups, self.param_groups, strict=True):
             kept = ("params", "param_names", "maximize", "capturable")
             own.update({name: group[name] for name in kept if name in group}, **self._own_options(group))
-        return self._with_plan("first_step", "ascent", RULES["sam"], self._ascent.groups, self._ascent.state, {})
+        return self._request_for(
+            "ascent", "first_step", RULES["sam"], self._ascent.groups, self._ascent.state, NO_SOURCES
+        )
 
     # ---- copies and checkpoints --------------------------------------------------------------------------------
 

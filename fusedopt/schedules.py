@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from fusedopt.optimizers import Lion
-from fusedopt.rules import integer, number
+from fusedopt.ranges import integer, number
 
 __all__ = ["inverse_sqrt", "linear", "one_cycle", "step", "warmup_cosine", "warmup_stable_decay"]
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.weak import TensorWeakRef
 
+from fusedopt.entry import Entry
 from fusedopt.errors import name_param, warn
-from fusedopt.rules import is_elsewhere
-
-if TYPE_CHECKING:
-    from fusedopt.plan import Entry, Plan
+from fusedopt.plan import Plan
+from fusedopt.ranges import is_elsewhere
+from fusedopt.record import StepRecord
 
 SAMPLES = 1024
 FIRST_COMPARISON, FACTOR = 100, 10
@@ -38,7 +37,7 @@ class Sample:
 
     def is_of(self, entries: list[Entry]) -> bool:
         """Whether it is of these parameters, in this order and with these shapes."""
-        owners, shapes = [entry.owner for entry in entries], [entry.param.shape for entry in entries]
+        owners, shapes = [entry.owner for entry in entries], [entry.param.tensor.shape for entry in entries]
         return (
             len(self.params) == len(owners)
             and self.shapes == shapes
@@ -71,11 +70,11 @@ class StallWatch:
     answers: list[Answer] = field(default_factory=list)
 
     def report(self) -> None:
-        """Called before each step: warns of what the look after an earlier one has found, if the answer is there.
+        """Called before a step while there are `answers`: warns of what an earlier look has found, if the answer has come.
 
         Before it, because a warning can be an error, and a step that raises an error must not have changed anything.
         """
-        if not self.answers or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
         if not all(answer.is_there() for answer in self.answers):
             return
@@ -97,31 +96,30 @@ class StallWatch:
                 "take a larger learning rate"
             )
 
-    def look(self, plan: Plan, num_skipped: int | torch.Tensor) -> None:
-        """Called after each step, while the plan holds the gradients. Does not wait for a device.
+    def look(self, plan: Plan, record: StepRecord) -> None:
+        """Called after a step that is due for a look, or the one before it, while the plan holds the gradients.
+
+        It does not wait for a device.
 
         Args:
-            num_skipped: how many steps so far changed nothing.
+            record: knows how many steps so far changed nothing.
         """
-        self.num_steps += 1
-        # One step earlier too: a parameter that swings between two values is seen at both.
-        if self.num_steps < self.next_look - 1 or not plan.has_updated:
-            return
         if any(bucket.is_capturing for bucket in plan.buckets):
             return  # the next step that is not captured looks
+        num_skipped = record.skipped_steps
         there: dict[tuple[torch.device, torch.dtype], list[Entry]] = {}
         for entry in (entry for bucket in plan.buckets for entry in bucket.entries):
-            if entry.param.dtype in (torch.bfloat16, torch.float16) and entry.param.numel():
-                there.setdefault((entry.param.device, entry.param.dtype), []).append(entry)
+            if entry.param.tensor.dtype in (torch.bfloat16, torch.float16) and entry.param.tensor.numel():
+                there.setdefault((entry.param.tensor.device, entry.param.tensor.dtype), []).append(entry)
         before, self.samples = self.samples, {}
         for key, entries in there.items():
             known = before.get(key, [])
             if not all(sample.is_of(entries) for sample in known):
                 known = []
-            values = torch.cat([_picked(entry.param) for entry in entries])
+            values = torch.cat([_picked(entry.param.tensor) for entry in entries])
             sample = Sample(
                 [TensorWeakRef(entry.owner) for entry in entries],
-                [entry.param.shape for entry in entries],
+                [entry.param.tensor.shape for entry in entries],
                 self.num_steps,
                 num_skipped.clone() if isinstance(num_skipped, torch.Tensor) else num_skipped,
                 values,
@@ -158,10 +156,10 @@ def _compared(plan: Plan, entries: list[Entry], known: list[Sample], now: Sample
 
 def _picked_grad(plan: Plan, entry: Entry) -> torch.Tensor:
     """Of an entry's gradient; zeros where it has none that could move it, or a sparse one, which moves few rows."""
-    lr = plan.scalars[entry.group][plan.rule.hyper.index("lr")]
-    if entry.param.grad is None or entry.is_sparse or not (is_elsewhere(lr) or lr != 0):
-        return torch.zeros(_num_picked(entry.param.shape), device=entry.param.device)
-    return _picked(entry.param.grad)
+    lr = plan.groups.scalars[entry.group][plan.rule.hyper.index("lr")]
+    if entry.grad is None or entry.is_sparse or not (is_elsewhere(lr) or lr != 0):
+        return torch.zeros(_num_picked(entry.param.tensor.shape), device=entry.param.tensor.device)
+    return _picked(entry.grad)
 
 
 def _stride(shape: torch.Size) -> int:

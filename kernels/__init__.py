@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``fusedopt.kernels``: rules.py the formulas, engine.py what runs any of them."""
+"""Triton kernels, installed as ``fusedopt.kernels``: rules.py has the formulas, storage.py the formats, engine.py runs them."""

@@ -1,11 +1,15 @@
 """The kernels that run any rule over any number of tensors: `global_norm` and `update`, and for a rule that sums over tensors
 `measure` and `add_up` before the update. No formula of a rule is here.
 
-They walk the same tables, in device memory:
+They walk the same tables, in device memory. A slot of an entry is a tensor in some format, with auxiliary values if the format
+has them. Slots are, in this order: the source, where an update reads the parameter; the parameter, where it is written (mostly
+the same tensor); and the states of the rule.
     grads       int64 [num_entries]: the gradients' addresses; 0: none in this step, the entry takes no part
-    addresses   int64 [slots, num_entries]: of each entry's parameter, states, step count, extra scalar and source, in this
-                order; the source is where an update can read the parameter instead (FROM_SOURCE), in DTYPE
-    weights     int64 [num_entries]: what gradients are multiplied with for the norm: 0: nothing, or the parameter's address
+    addresses   int64 [2 * slots + num_scalars, num_entries]: of each entry's slots, then of its scalars (the step count, and
+                what else the rule counts), then of the slots' auxiliary values; 0: not stored
+    seeds       int32 [num_entries]: of the entries' random bits
+    weights     int64 [2, num_entries]: what gradients are multiplied with for the norm, and its auxiliary values: the
+                parameter's address, or 0: nothing
     entry_of    int32 [num_chunks], index_of int32 [num_chunks]: chunk c is the index_of[c]-th stretch of `CHUNK` elements of
                 entry entry_of[c]
     numel       int64 [num_entries], group_of int32 [num_entries]
@@ -20,9 +24,12 @@ A grid of any size does the same, to the bit but for the norm, whose partial sum
 import triton
 import triton.language as tl
 
-# Rows of the table of addresses: the parameter, then the states, the step count, the extra scalar, and the source.
-PARAM: tl.constexpr = tl.constexpr(0)
-STATE: tl.constexpr = tl.constexpr(1)
+from .storage import load, store
+
+# Slots, and rows of the table of addresses.
+SOURCE: tl.constexpr = tl.constexpr(0)
+PARAM: tl.constexpr = tl.constexpr(1)
+STATE: tl.constexpr = tl.constexpr(2)
 
 VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
@@ -68,36 +75,18 @@ def _is_last_program(ticket):
 
 
 @triton.jit
-def _load_block(address, offsets, limit, dtype: tl.constexpr, IS_WHOLE: tl.constexpr):
-    """Elements of a tensor. IS_WHOLE: its address is aligned to 16 bytes, and all of the block lies before the limit."""
-    pointer = address.to(tl.pointer_type(dtype))
-    if IS_WHOLE:
-        return tl.load(tl.multiple_of(pointer, 16) + offsets)
-    return tl.load(pointer + offsets, mask=offsets < limit, other=0)
-
-
-@triton.jit
-def _store_block(address, offsets, limit, values, dtype: tl.constexpr, IS_WHOLE: tl.constexpr):
-    pointer = address.to(tl.pointer_type(dtype))
-    if dtype.primitive_bitwidth < values.dtype.primitive_bitwidth:
-        values = values.to(dtype, fp_downcast_rounding="rtne")
-    if IS_WHOLE:
-        tl.store(tl.multiple_of(pointer, 16) + offsets, values)
-    else:
-        tl.store(pointer + offsets, values, mask=offsets < limit)
-
-
-@triton.jit
 def _sum_of_squares(
-    sums, grad, weight, offsets, limit, GRAD_DTYPE: tl.constexpr, PARAM_DTYPE: tl.constexpr, IS_WHOLE: tl.constexpr
-):
+    sums, grad, weight, weight_aux, begin, limit,
+    GRAD: tl.constexpr, PARAM: tl.constexpr, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr,
+):  # fmt: skip
     """Adds the squares of a block to `sums`, in float64: those of no float32 overflow or vanish there."""
-    values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)
-    if weight is not None:
+    values = load(grad, grad, begin, limit, GRAD, tl.float64, BLOCK, IS_WHOLE)
+    if PARAM is not None:
         # One limit instead of `& (weight != 0)`: Triton 3.9's interpreter cannot join a block of bools with a single one.
-        is_weighted = (offsets < tl.where(weight != 0, limit, 0)) & (values != 0)
-        values *= tl.load(weight.to(tl.pointer_type(PARAM_DTYPE)) + offsets, mask=is_weighted, other=1).to(tl.float64)
-    if GRAD_DTYPE == tl.float64:
+        limit = tl.where(weight != 0, limit, 0)
+        weights = load(weight, weight_aux, begin, limit, PARAM, tl.float64, BLOCK, False)
+        values *= tl.where((begin + tl.arange(0, BLOCK) < limit) & (values != 0), weights, 1)
+    if GRAD.dtype == tl.float64:
         huge, tiny = values * TINY, values * HUGE
         sums = (sums[0] + values * values, sums[1] + huge * huge, sums[2] + tiny * tiny)
     else:
@@ -105,23 +94,23 @@ def _sum_of_squares(
     return sums
 
 
-@triton.jit(do_not_specialize=["num_chunks", "first_partial", "num_partials"])
+@triton.jit(do_not_specialize=["num_chunks", "num_entries", "first_partial", "num_partials"])
 def global_norm(
-    grads, entry_of, index_of, numel, num_chunks,
+    grads, entry_of, index_of, numel, num_chunks, num_entries,
     partials, first_partial, num_partials, ticket,
     max_norm, previous, grad_scale, norm, control, weights,
-    GRAD_DTYPE: tl.constexpr, IS_FINAL: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, NUM_PARTIALS: tl.constexpr,
-    PARAM_DTYPE: tl.constexpr = None,
+    GRAD: tl.constexpr, IS_FINAL: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, NUM_PARTIALS: tl.constexpr,
+    PARAM: tl.constexpr = None,
 ):  # fmt: skip
     """The 2-norm of all gradients, unscaled, and the coefficient that clips it.
 
     Several launches may share ``partials`` (float64 [3, num_partials], this launch's from ``first_partial`` on); the last
-    one, IS_FINAL, writes ``norm`` (0-d) and ``control``. ``previous`` is the control of a clip that came before. ``weights``
-    may be None; else parameters are of PARAM_DTYPE.
+    one, IS_FINAL, writes ``norm`` (0-d) and ``control``. ``previous`` is the control of a clip that came before. GRAD: the
+    gradients' format. PARAM: the parameters' format if there are ``weights``, else None.
     """
     program = tl.program_id(0)
     zeros = tl.zeros((BLOCK,), tl.float64)
-    if GRAD_DTYPE == tl.float64:
+    if GRAD.dtype == tl.float64:
         sums = (zeros, zeros, zeros)
     else:
         sums = (zeros,)
@@ -132,18 +121,18 @@ def global_norm(
         if grad != 0:
             begin = tl.load(index_of + chunk).to(tl.int64) * CHUNK
             limit = tl.load(numel + entry)
-            weight = None
-            if weights is not None:
-                weight = tl.load(weights + entry)
+            weight, weight_aux = grad, grad  # not looked at
+            if PARAM is not None:
+                weight, weight_aux = tl.load(weights + entry), tl.load(weights + num_entries + entry)
             if (begin + CHUNK <= limit) & (grad % 16 == 0):
                 for done in range(0, CHUNK, BLOCK):
-                    offsets = begin + done + tl.arange(0, BLOCK)
-                    sums = _sum_of_squares(sums, grad, weight, offsets, limit, GRAD_DTYPE, PARAM_DTYPE, True)
+                    sums = _sum_of_squares(
+                        sums, grad, weight, weight_aux, begin + done, limit, GRAD, PARAM, BLOCK, True
+                    )
             else:
                 limit = tl.minimum(limit, begin + CHUNK)
                 while begin < limit:
-                    offsets = begin + tl.arange(0, BLOCK)
-                    sums = _sum_of_squares(sums, grad, weight, offsets, limit, GRAD_DTYPE, PARAM_DTYPE, False)
+                    sums = _sum_of_squares(sums, grad, weight, weight_aux, begin, limit, GRAD, PARAM, BLOCK, False)
                     begin += BLOCK
         chunk += tl.num_programs(0)
     for i in tl.static_range(len(sums)):
@@ -175,22 +164,37 @@ def global_norm(
 
 
 @triton.jit
+def _slot(row, num_entries, i: tl.constexpr, FORMATS: tl.constexpr, SCALARS: tl.constexpr):
+    """The addresses of a tensor and of its auxiliary values."""
+    address = tl.load(row + i * num_entries)
+    aux_address = address  # not looked at
+    if FORMATS[i].per_aux > 0:
+        aux_address = tl.load(row + (len(FORMATS) + len(SCALARS) + i) * num_entries)
+    return address, aux_address
+
+
+@triton.jit
+def _load_slot(
+    row, num_entries, begin, limit, i: tl.constexpr,
+    FORMATS: tl.constexpr, SCALARS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr,
+):  # fmt: skip
+    address, aux_address = _slot(row, num_entries, i, FORMATS, SCALARS)
+    return load(address, aux_address, begin, limit, FORMATS[i], DTYPE, BLOCK, IS_WHOLE)
+
+
+@triton.jit
 def _load_values(
-    row, num_entries, grad_address, offsets, limit,
-    STORES: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
-    FROM_SOURCE: tl.constexpr, IS_WHOLE: tl.constexpr,
+    row, num_entries, grad, begin, limit,
+    FORMATS: tl.constexpr, GRAD: tl.constexpr, SCALARS: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A block of an entry, whose column of the table begins at `row`: parameter, gradient and states, in DTYPE."""
-    if FROM_SOURCE:
-        source_address = tl.load(row + (STATE + len(STORES) + 2) * num_entries)
-        param = _load_block(source_address, offsets, limit, DTYPE, IS_WHOLE)
-    else:
-        param = _load_block(tl.load(row + PARAM * num_entries), offsets, limit, PARAM_DTYPE, IS_WHOLE).to(DTYPE)
-    grad = _load_block(grad_address, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(DTYPE)
+    param = _load_slot(row, num_entries, begin, limit, SOURCE, FORMATS, SCALARS, DTYPE, BLOCK, IS_WHOLE)
+    grad = load(grad, grad, begin, limit, GRAD, DTYPE, BLOCK, IS_WHOLE)
     states = ()
-    for i in tl.static_range(len(STORES)):
-        if STORES[i]:
-            states = states + (_load_block(tl.load(row + (STATE + i) * num_entries), offsets, limit, DTYPE, IS_WHOLE),)
+    for i in tl.static_range(STATE, len(FORMATS)):
+        if FORMATS[i] is not None:
+            states = states + (_load_slot(row, num_entries, begin, limit, i, FORMATS, SCALARS, DTYPE, BLOCK, IS_WHOLE),)
         else:
             states = states + (grad,)  # not looked at
     return param, grad, states
@@ -198,70 +202,70 @@ def _load_values(
 
 @triton.jit
 def _update_block(
-    row, num_entries, grad_address, offsets, limit, scalars,
-    UPDATE: tl.constexpr, STORES: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    DTYPE: tl.constexpr, FROM_SOURCE: tl.constexpr, IS_WHOLE: tl.constexpr,
+    row, num_entries, grad, begin, limit, seed, scalars,
+    UPDATE: tl.constexpr, STORES: tl.constexpr, FORMATS: tl.constexpr, GRAD: tl.constexpr, SCALARS: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Loads a block of an entry, computes, and stores what is new."""
     param, grad, states = _load_values(
-        row, num_entries, grad_address, offsets, limit, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, IS_WHOLE
+        row, num_entries, grad, begin, limit, FORMATS, GRAD, SCALARS, DTYPE, BLOCK, IS_WHOLE
     )
     param, states = UPDATE(scalars, param, grad, states, STORES)
-    _store_block(tl.load(row + PARAM * num_entries), offsets, limit, param, PARAM_DTYPE, IS_WHOLE)
-    for i in tl.static_range(len(STORES)):
-        if STORES[i]:
-            _store_block(tl.load(row + (STATE + i) * num_entries), offsets, limit, states[i], DTYPE, IS_WHOLE)
+    written = (param,) + states
+    step = _scalar(row, num_entries, 0, FORMATS, SCALARS, None)
+    for i in tl.static_range(PARAM, len(FORMATS)):
+        if FORMATS[i] is not None:
+            address, aux_address = _slot(row, num_entries, i, FORMATS, SCALARS)
+            store(address, aux_address, begin, limit, written[i - PARAM], seed, step, FORMATS[i], BLOCK, IS_WHOLE)
 
 
 @triton.jit
-def _misalignment(row, num_entries, grad, STORES: tl.constexpr, FROM_SOURCE: tl.constexpr):
+def _misalignment(row, num_entries, grad, FORMATS: tl.constexpr):
     """A multiple of 16 if all addresses of an entry are."""
-    misaligned = tl.load(row + PARAM * num_entries) | grad
-    for i in tl.static_range(len(STORES)):
-        if STORES[i]:
-            misaligned |= tl.load(row + (STATE + i) * num_entries)
-    if FROM_SOURCE:
-        misaligned |= tl.load(row + (STATE + len(STORES) + 2) * num_entries)
+    misaligned = grad
+    for i in tl.static_range(len(FORMATS)):
+        if FORMATS[i] is not None:
+            misaligned |= tl.load(row + i * num_entries)
     return misaligned
 
 
 @triton.jit
 def _prepared(
     row, num_entries, hyper, control, grad_scale, mask,
-    PREPARE: tl.constexpr, NUM_HYPER: tl.constexpr, NUM_STATES: tl.constexpr, HAS_EXTRA: tl.constexpr, DTYPE: tl.constexpr,
+    PREPARE: tl.constexpr, NUM_HYPER: tl.constexpr, FORMATS: tl.constexpr, SCALARS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The rule's scalars in this step, and what becomes of the extra scalar: for one entry, or for a block of them."""
+    """The rule's scalars in this step, and what becomes of its second one: for one entry, or for a block of them."""
     values = ()
     for i in tl.static_range(NUM_HYPER):
         values = values + (tl.load(hyper + i, mask=mask),)
     coef = tl.load(hyper + NUM_HYPER, mask=mask) * tl.load(control) / tl.load(grad_scale).to(tl.float64)
-    step = tl.load(_scalar(row, num_entries, STATE + NUM_STATES, tl.float32, mask), mask=mask).to(tl.float64) + 1
-    extra = step  # not looked at
-    if HAS_EXTRA:
-        extra = tl.load(_scalar(row, num_entries, STATE + NUM_STATES + 1, DTYPE, mask), mask=mask).to(tl.float64)
-    return PREPARE(values, coef, step, extra, DTYPE)
+    step = tl.load(_scalar(row, num_entries, 0, FORMATS, SCALARS, mask), mask=mask).to(tl.float64) + 1
+    second = step  # not looked at
+    if len(SCALARS) > 1:
+        second = tl.load(_scalar(row, num_entries, 1, FORMATS, SCALARS, mask), mask=mask).to(tl.float64)
+    return PREPARE(values, coef, step, second, DTYPE)
 
 
 @triton.jit
-def _scalar(row, num_entries, slot, dtype: tl.constexpr, mask):
-    """Pointers to the entries' step counts, or to their extra scalars."""
-    return tl.load(row + slot * num_entries, mask=mask).to(tl.pointer_type(dtype))
+def _scalar(row, num_entries, i: tl.constexpr, FORMATS: tl.constexpr, SCALARS: tl.constexpr, mask):
+    """Pointers to the entries' i-th scalars; the step count is the first."""
+    return tl.load(row + (len(FORMATS) + i) * num_entries, mask=mask).to(tl.pointer_type(SCALARS[i]))
 
 
 @triton.jit
 def _measure_block(
-    sums, row, num_entries, grad_address, offsets, limit, scalars,
-    MEASURE: tl.constexpr, STORES: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    DTYPE: tl.constexpr, FROM_SOURCE: tl.constexpr, IS_WHOLE: tl.constexpr,
+    sums, row, num_entries, grad, begin, limit, scalars,
+    MEASURE: tl.constexpr, STORES: tl.constexpr, FORMATS: tl.constexpr, GRAD: tl.constexpr, SCALARS: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Adds what the rule measures of a block to `sums`."""
     param, grad, states = _load_values(
-        row, num_entries, grad_address, offsets, limit, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, IS_WHOLE
+        row, num_entries, grad, begin, limit, FORMATS, GRAD, SCALARS, DTYPE, BLOCK, IS_WHOLE
     )
     measured = MEASURE(scalars, param, grad, states, STORES)
     more = ()
     for i in tl.static_range(len(sums)):
-        more = more + (sums[i] + tl.where(offsets < limit, measured[i], 0.0),)
+        more = more + (sums[i] + tl.where(begin + tl.arange(0, BLOCK) < limit, measured[i], 0.0),)
     return more
 
 
@@ -269,8 +273,8 @@ def _measure_block(
 def measure(
     grads, entry_of, index_of, numel, num_chunks, addresses, group_of, hyper, num_entries, control, grad_scale, partial_sums,
     PREPARE: tl.constexpr, MEASURE: tl.constexpr, NUM_SUMS: tl.constexpr, STORES: tl.constexpr, NUM_HYPER: tl.constexpr,
-    HAS_EXTRA: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, DTYPE: tl.constexpr,
-    FROM_SOURCE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    FORMATS: tl.constexpr, GRAD: tl.constexpr, SCALARS: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """What a rule sums over each tensor, chunk by chunk: partial_sums, float64 [NUM_SUMS, num_chunks]."""
     chunk = tl.program_id(0)
@@ -283,25 +287,23 @@ def measure(
             limit = tl.load(numel + entry)
             scalars, _ = _prepared(
                 row, num_entries, hyper + tl.load(group_of + entry) * (NUM_HYPER + 1), control, grad_scale, None,
-                PREPARE, NUM_HYPER, len(STORES), HAS_EXTRA, DTYPE,
+                PREPARE, NUM_HYPER, FORMATS, SCALARS, DTYPE,
             )  # fmt: skip
             sums = ()
             for _ in tl.static_range(NUM_SUMS):
                 sums = sums + (tl.zeros((BLOCK,), tl.float64),)
-            if (begin + CHUNK <= limit) & (_misalignment(row, num_entries, grad, STORES, FROM_SOURCE) % 16 == 0):
+            if (begin + CHUNK <= limit) & (_misalignment(row, num_entries, grad, FORMATS) % 16 == 0):
                 for done in range(0, CHUNK, BLOCK):
-                    offsets = begin + done + tl.arange(0, BLOCK)
                     sums = _measure_block(
-                        sums, row, num_entries, grad, offsets, limit, scalars,
-                        MEASURE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, True,
+                        sums, row, num_entries, grad, begin + done, limit, scalars,
+                        MEASURE, STORES, FORMATS, GRAD, SCALARS, DTYPE, BLOCK, True,
                     )  # fmt: skip
             else:
                 limit = tl.minimum(limit, begin + CHUNK)
                 while begin < limit:
-                    offsets = begin + tl.arange(0, BLOCK)
                     sums = _measure_block(
-                        sums, row, num_entries, grad, offsets, limit, scalars,
-                        MEASURE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, False,
+                        sums, row, num_entries, grad, begin, limit, scalars,
+                        MEASURE, STORES, FORMATS, GRAD, SCALARS, DTYPE, BLOCK, False,
                     )  # fmt: skip
                     begin += BLOCK
             for i in tl.static_range(NUM_SUMS):
@@ -328,16 +330,17 @@ def add_up(partial_sums, first_chunk, num_chunks, num_entries, sums, NUM_SUMS: t
 
 @triton.jit(do_not_specialize=["num_chunks", "num_entries", "skips_nonfinite", "counts_skip"])
 def update(
-    grads, entry_of, index_of, numel, num_chunks, addresses, group_of, hyper, num_entries,
+    grads, entry_of, index_of, numel, num_chunks, addresses, seeds, group_of, hyper, num_entries,
     control, grad_scale, found_inf, skips_nonfinite, skipped, counts_skip, ticket, sums,
     PREPARE: tl.constexpr, ADAPT: tl.constexpr, UPDATE: tl.constexpr, NUM_SUMS: tl.constexpr, STORES: tl.constexpr,
-    NUM_HYPER: tl.constexpr, HAS_EXTRA: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    DTYPE: tl.constexpr, FROM_SOURCE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    NUM_HYPER: tl.constexpr, FORMATS: tl.constexpr, GRAD: tl.constexpr, SCALARS: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One step of every entry that has a gradient; none, if one of them is known not to be finite.
 
-    Then, where ``counts_skip``, there is one more in ``skipped`` (0-d int64). STORES: for each state of the rule whether it
-    is kept. States, and what is computed in, are DTYPE. ``sums``: None where NUM_SUMS is 0.
+    Then, where ``counts_skip``, there is one more in ``skipped`` (0-d int64). FORMATS: of the slots; None: not stored, which is
+    what STORES says of the states. GRAD: of the gradient. SCALARS: the scalars' dtypes. DTYPE: what is computed in. ``sums``:
+    None where NUM_SUMS is 0.
     """
     program = tl.program_id(0)
     is_skipped = (tl.load(found_inf) != 0) | ((skips_nonfinite != 0) & (tl.load(control + 1) != 0))
@@ -355,27 +358,25 @@ def update(
                 limit = tl.load(numel + entry)
                 scalars, _ = _prepared(
                     row, num_entries, hyper + tl.load(group_of + entry) * (NUM_HYPER + 1), control, grad_scale, None,
-                    PREPARE, NUM_HYPER, len(STORES), HAS_EXTRA, DTYPE,
+                    PREPARE, NUM_HYPER, FORMATS, SCALARS, DTYPE,
                 )  # fmt: skip
                 if NUM_SUMS > 0:
                     of_entry = ()
                     for i in tl.static_range(NUM_SUMS):
                         of_entry = of_entry + (tl.load(sums + i * num_entries + entry),)
                     scalars = ADAPT(scalars, of_entry, limit.to(tl.float64))
-                if (begin + CHUNK <= limit) & (_misalignment(row, num_entries, grad, STORES, FROM_SOURCE) % 16 == 0):
+                if (begin + CHUNK <= limit) & (_misalignment(row, num_entries, grad, FORMATS) % 16 == 0):
                     for done in range(0, CHUNK, BLOCK):
-                        offsets = begin + done + tl.arange(0, BLOCK)
                         _update_block(
-                            row, num_entries, grad, offsets, limit, scalars,
-                            UPDATE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, True,
+                            row, num_entries, grad, begin + done, limit, seeds + entry, scalars,
+                            UPDATE, STORES, FORMATS, GRAD, SCALARS, DTYPE, BLOCK, True,
                         )  # fmt: skip
                 else:
                     limit = tl.minimum(limit, begin + CHUNK)
                     while begin < limit:
-                        offsets = begin + tl.arange(0, BLOCK)
                         _update_block(
-                            row, num_entries, grad, offsets, limit, scalars,
-                            UPDATE, STORES, PARAM_DTYPE, GRAD_DTYPE, DTYPE, FROM_SOURCE, False,
+                            row, num_entries, grad, begin, limit, seeds + entry, scalars,
+                            UPDATE, STORES, FORMATS, GRAD, SCALARS, DTYPE, BLOCK, False,
                         )  # fmt: skip
                         begin += BLOCK
             chunk += tl.num_programs(0)
@@ -387,15 +388,13 @@ def update(
                 entries = first + tl.arange(0, BLOCK)
                 rows = addresses + entries
                 mask = tl.load(grads + entries, mask=entries < num_entries, other=0) != 0
-                if HAS_EXTRA:
+                if len(SCALARS) > 1:
                     groups = tl.load(group_of + entries, mask=mask, other=0)
-                    _, extra = _prepared(
+                    _, second = _prepared(
                         rows, num_entries, hyper + groups * (NUM_HYPER + 1), control, grad_scale, mask,
-                        PREPARE, NUM_HYPER, len(STORES), HAS_EXTRA, DTYPE,
+                        PREPARE, NUM_HYPER, FORMATS, SCALARS, DTYPE,
                     )  # fmt: skip
-                    tl.store(
-                        _scalar(rows, num_entries, STATE + len(STORES) + 1, DTYPE, mask), extra.to(DTYPE), mask=mask
-                    )
-                steps = _scalar(rows, num_entries, STATE + len(STORES), tl.float32, mask)
+                    tl.store(_scalar(rows, num_entries, 1, FORMATS, SCALARS, mask), second.to(SCALARS[1]), mask=mask)
+                steps = _scalar(rows, num_entries, 0, FORMATS, SCALARS, mask)
                 tl.store(steps, tl.load(steps, mask=mask) + 1, mask=mask)
                 first += BLOCK

@@ -30,7 +30,7 @@ def variants(targets):
     """(target, kernel, stores, parameter, gradient) of every compilation.
 
     A kernel is called as in kernels/engine.py, after a rule's name where it is one of a rule; an update by the rule's name
-    alone, and "from source" where it reads parameters elsewhere.
+    alone, and "from source" where it reads parameters elsewhere, in another format than it writes.
     """
     from fusedopt.rules import RULES
 
@@ -44,7 +44,7 @@ def variants(targets):
             choices = [(True,) if state.option is None else (False, True) for state in rule.states]
             for stores in itertools.product(*choices):
                 yield target, rule.name, stores, param, grad
-                if target == "sm_90" and rule.optimizers and param == grad:
+                if target == "sm_90" and rule.optimizers and param == grad in ("bf16", "fp16"):
                     yield target, f"{rule.name} from source", stores, param, grad
                 if rule.num_sums and param == grad:
                     yield target, f"{rule.name} measure", stores, param, grad
@@ -76,39 +76,42 @@ def compile_variant(variant):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fusedopt.kernels import engine, rules
+    from fusedopt.backends.triton import constant
+    from fusedopt.kernels import engine, rules, storage
     from fusedopt.rules import RULES
 
     target, kernel, stores, param, grad = variant
-    types = {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.bfloat16, "fp16": tl.float16}
+    names = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
+    formats = {dtype: storage.FORMATS[name] for dtype, name in names.items()}
     computed = "fp64" if param == "fp64" else "fp32"
     is_cuda = target.startswith("sm_")
     warp_size = 64 if target.startswith("gfx9") else 32
-    itemsizes = (
-        [int(grad[2:]) // 8]
-        if kernel.endswith("global_norm")
-        else [int(dtype[2:]) // 8 for dtype in (param, grad, *[computed] * max(sum(stores), 1))]
-    )
     name, *what = kernel.split()
+    states = [computed if stored else None for stored in stores]
+    slots = [computed if what == ["from", "source"] else param, param, *states]
+    written = [] if kernel.endswith("global_norm") else [dtype for dtype in slots[1:] if dtype]
+    itemsizes = [int(dtype[2:]) // 8 for dtype in (*written, grad)]
     rule = RULES.get(name)
     function = getattr(engine, kernel.split()[-1], engine.update)
     options = engine.launch_options(function, itemsizes, warp_size, int(target[3:]) if is_cuda else None)
     constants = {name: options.pop(name) for name in ("BLOCK", "CHUNK")}
-    constants |= {"GRAD_DTYPE": types[grad], "PARAM_DTYPE": types[param], "DTYPE": types[computed], "STORES": stores}
-    constants |= {"IS_FINAL": True, "NUM_PARTIALS": 2048, "NUM_SUMS": 2, "FROM_SOURCE": what == ["from", "source"]}
+    constants |= {"GRAD": constant(formats[grad]), "PARAM": constant(formats[param]), "STORES": stores}
+    constants |= {"FORMATS": tuple(constant(formats.get(dtype)) for dtype in slots), "DTYPE": formats[computed].dtype}
+    constants |= {"IS_FINAL": True, "NUM_PARTIALS": 2048, "NUM_SUMS": 2}
     if kernel == "global_norm":
-        constants |= {"weights": None, "PARAM_DTYPE": None}
+        constants |= {"weights": None, "PARAM": None}
     if rule:
         constants |= {part.upper(): getattr(rules, f"{part}_{name}", None) for part in ("prepare", "measure", "adapt")}
         constants |= {
             "UPDATE": getattr(rules, name), "NUM_HYPER": len(rule.hyper), "NUM_SUMS": rule.num_sums,
-            "HAS_EXTRA": rule.extra is not None,
+            "SCALARS": (tl.float32, formats[computed].dtype)[: 1 + (rule.extra is not None)],
         }  # fmt: skip
         if not rule.num_sums:
             constants["sums"] = None
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     pointers = {
         "grads": "*i64", "entry_of": "*i32", "index_of": "*i32", "numel": "*i64", "addresses": "*i64", "group_of": "*i32",
+        "seeds": "*i32",
         "hyper": "*fp64", "partials": "*fp64", "ticket": "*i32", "max_norm": "*fp64", "previous": "*fp64",
         "grad_scale": "*fp32", "found_inf": "*fp32", "norm": "*fp32", "control": "*fp64", "skipped": "*i64",
         "weights": "*i64", "first_chunk": "*i32", "partial_sums": "*fp64", "sums": "*fp64",

@@ -357,8 +357,8 @@ MUTANTS = [
         (
             "norm: squares in float32",
             "csrc",
-            "const double x = scale * double(Codec::load(from[i + lane]));",
-            "const float x = float(scale * double(Codec::load(from[i + lane])));",
+            "const double x = scale * double(Codec::decode(from[i + lane], NoAux()));",
+            "const float x = float(scale * double(Codec::decode(from[i + lane], NoAux())));",
             "test_clip.py::test_norm_neither_overflows_nor_vanishes",
         ),
         (
@@ -455,8 +455,8 @@ MUTANTS = [
         (
             "float16 view with gaps written without them",
             "csrc",
-            "  if (operand.strides) {\n    store(",
-            "  if (false) {\n    store(",
+            "  if (operand.strides) {\n    encode_to(",
+            "  if (false) {\n    encode_to(",
             "test_torch_contract.py::test_any_layout_steps_as_its_contiguous_clone[cpu-every second element-float16]",
         ),
         (
@@ -480,7 +480,7 @@ MUTANTS = [
             "begin == 0 || begin + chunk_elements <= entries[i].numel; begin += chunk_elements",
             "test_parity.py::test_cpu_engine_is_the_reference_to_rounding[SGD()-float32-float32]",
         ),
-        # -- csrc/bindings.cpp
+        # -- csrc/bucket.h and what it includes
         (
             "moved parameter: over a state",
             "csrc",
@@ -491,8 +491,8 @@ MUTANTS = [
         (
             "moved parameter: over another's gradient",
             "csrc",
-            "return is_own || !is_written(",
-            "return true || !is_written(",
+            "return is_own || !written_.overlaps(",
+            "return true || !written_.overlaps(",
             "test_errors.py::test_parameter_over_what_a_step_needs_is_refused[cpu-one element on-gradient]",
         ),
         (
@@ -540,8 +540,8 @@ MUTANTS = [
         (
             "state with a new layout unnoticed",
             "csrc",
-            "[](const Seen& state) { return state.unmoved(); }",
-            "[](const Seen&) { return true; }",
+            "[](const Snapshot& state) { return state.is_unchanged(); }",
+            "[](const Snapshot&) { return true; }",
             "test_torch_contract.py::test_state_whose_layout_changed_in_place_is_followed[by the C ABI-cpu-AdamW]",
         ),
         (
@@ -632,8 +632,8 @@ MUTANTS = [
         (
             "Triton: squares of float32 in float32",
             "kernels",
-            "values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)",
-            "values = _load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE)\n    values = (values * values).to(tl.float64)",
+            "values = load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE).to(tl.float64)",
+            "values = load_block(grad, offsets, limit, GRAD_DTYPE, IS_WHOLE)\n    values = (values * values).to(tl.float64)",
             "test_device.py::test_squares_of_float32_neither_overflow_nor_vanish[triton-1e+20]",
         ),
         (
@@ -815,15 +815,15 @@ MUTANTS = [
         (
             "CUDA: gradient's format taken from the parameter",
             "csrc",
-            "entry.grad_dtype = DType(args.formats[index] >> 8);",
-            "entry.grad_dtype = entry.param_dtype;",
+            "entry.grad_format = Format(args.formats[index] >> 8);",
+            "entry.grad_format = entry.param_format;",
             "test_device.py::test_kernels_take_every_dtype[cuda-AdamW(weight_decay=0.125)-bfloat16-float32]",
         ),
         (
             "CUDA: half of a narrower gradient in double",
             "csrc",
-            "values[i] = T(Codec::load(get<typename Codec::stored>(i)));",
-            "values[i] = T(Codec::load(get<typename Codec::stored>(i))) / (sizeof(T) / sizeof(typename Codec::stored));",
+            "values[i] = T(Codec::decode(get<typename Codec::stored>(i), NoAux()));",
+            "values[i] = T(Codec::decode(get<typename Codec::stored>(i), NoAux())) / (sizeof(T) / 4);",
             "test_cuda.py::test_float64_parameters_take_narrower_gradients[torch.float32]",
         ),
         (
@@ -1099,8 +1099,8 @@ MUTANTS = [
         (
             "gradient over a parameter not noticed by a warm plan",
             "csrc",
-            "now.data != planned_data && is_written(",
-            "false && is_written(",
+            "now.data != planned_data && written_.overlaps(",
+            "false && written_.overlaps(",
             "test_errors.py::test_gradient_over_what_the_step_writes_is_refused[cpu-AdamW-parameter-own]",
         ),
         (
@@ -1690,9 +1690,9 @@ MUTANTS = [
         ),
         (
             "version counters of parameters without a gradient advanced",
-            "fusedopt",
-            "return params if table.all_active() else [params[i] for i in table.active()]",
-            "return params",
+            "csrc",
+            "if (num_active_ == planned_.size()) return params;",
+            "return params;",
             "test_torch_contract.py::test_autograd_notices_that_a_saved_parameter_changed[cpu-AdamW]",
         ),
         (
@@ -2032,8 +2032,8 @@ MUTANTS = [
         (
             "SAM: old weights not read",
             "csrc",
-            "values.from = mode.from_source ? entry.source.data",
-            "values.from = false ? entry.source.data",
+            "values.from = mode.from_source ? entry.source.at(",
+            "values.from = false ? entry.source.at(",
             "test_sam.py::test_weights_come_back_to_the_bit[cpu-torch.float32]",
         ),
         (
@@ -2060,8 +2060,8 @@ MUTANTS = [
         (
             "stores past the caches: values that are not encoded",
             "csrc",
-            "stream(stored.bytes, target,",
-            "stream(values.bytes, target,",
+            "stream(stored.bytes, operand.at(begin),",
+            "stream(values.bytes, operand.at(begin),",
             f"{PAST_CACHES}[torch.bfloat16-AdamW]",
         ),
         (
@@ -2074,8 +2074,8 @@ MUTANTS = [
         (
             "SAM: sums over the weights of the ascent",
             "csrc",
-            "values.from = mode.from_source ? entry.source.data",
-            "values.from = mode.from_source && is_updated ? entry.source.data",
+            "values.from = mode.from_source ? entry.source.at(",
+            "values.from = mode.from_source && is_updated ? entry.source.at(",
             "test_sam.py::test_what_is_summed_is_of_the_weights_before_the_ascent[cpu-LAMB-torch.float32]",
         ),
         (
@@ -2208,15 +2208,15 @@ MUTANTS = [
         (
             "sparse: every piece has its row's first values",
             "csrc",
-            "rows.source[source] * rows.elements + piece.column",
+            "rows.source[source] * rows.elements + at.column",
             "rows.source[source] * rows.elements",
             "test_sparse.py::test_rows_of_any_width[cpu-dtype0-257]",
         ),
         (
             "sparse: every piece is its row's first",
             "csrc",
-            "entry.rows->touched[piece.row] * entry.rows->elements + piece.column",
-            "entry.rows->touched[piece.row] * entry.rows->elements",
+            "entry.rows->touched[at.row] * entry.rows->elements + at.column",
+            "entry.rows->touched[at.row] * entry.rows->elements",
             "test_sparse.py::test_rows_of_any_width[cpu-dtype0-257]",
         ),
         (

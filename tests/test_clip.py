@@ -27,7 +27,7 @@ from helpers import (
 
 import fusedopt
 from fusedopt import reference
-from fusedopt.clip import coefficient
+from fusedopt.step import clip_coefficient
 
 pytestmark = pytest.mark.usefixtures("on_backend")
 
@@ -223,7 +223,7 @@ def test_coefficient_is_the_references():
         for limit in (0.0, 1e-6, 1.0, 3.0):
             expected = float(reference.clip_coefficient(torch.tensor(norm, dtype=torch.float64), limit))
             assert expected <= 1
-            assert coefficient(norm, limit) == pytest.approx(expected, rel=1e-15)
+            assert clip_coefficient(norm, limit) == pytest.approx(expected, rel=1e-15)
 
 
 def test_norm_without_gradients_is_zero():

@@ -111,7 +111,7 @@ def test_what_rules_measure_is_vectorised(functions, isa):
 @pytest.mark.parametrize("isa", ISAS)
 def test_codecs_and_norm_are_vectorised(functions, isa):
     registers, v = ISAS[isa]
-    for kind in ("load", "store"):
+    for kind in ("decode", "encode"):
         for name, code in loops(functions, isa, kind).items():
             if "16" in name:
                 assert re.search(rf"\b{v}(psll|psrl|pmovzx|por|pand|pternlog)\w*\s.*%{registers}\d", code), name

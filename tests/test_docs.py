@@ -128,6 +128,7 @@ def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
 
     run("setup.py", "-q", "build_ext", "--inplace")
     tests = [f"tests/test_{what}.py" for what in ("formula", "parity", "rooms", "compiled_code", "triton", "options")]
-    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "EmaSGD or emasgd or vectorised or wall")
+    names = "EmaSGD or emasgd or vectorised or wall or floors"
+    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", names)
     assert int(re.search(r"(\d+) passed", output).group(1)) > 60
     assert "struct EmaSGD" in run("-m", "fusedopt", "show", "EmaSGD")

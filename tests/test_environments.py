@@ -14,8 +14,8 @@ from test_build import build_wheel
 
 import fusedopt
 from fusedopt import _C, backends
-from fusedopt.backends import cpu
-from fusedopt.plan import MAX_DIMS
+from fusedopt.backends import cpu, watch
+from fusedopt.checks import MAX_DIMS
 
 ROOT = Path(__file__).parent.parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -180,7 +180,7 @@ def test_cpu_without_any_of_the_instruction_sets_falls_back(monkeypatch):
     optimizer = fusedopt.SGD([param], lr=0.5)
     optimizer.step()
     assert param.tolist() == [0.5] * 3
-    assert type(optimizer._plans["step"].buckets[0]).__module__ == "fusedopt.backends.reference"
+    assert type(optimizer._plans.kept["step"].buckets[0]).__module__ == "fusedopt.backends.reference"
 
 
 def test_plan_and_engine_take_the_same_number_of_dimensions():
@@ -192,7 +192,7 @@ def test_plan_and_engine_take_the_same_number_of_dimensions():
 
 def test_fast_way_of_reading_tensors_is_found():
     """Python attributes serve as well, only slower, which would go unnoticed."""
-    assert cpu.reads_by_abi
+    assert watch.reads_by_abi
 
 
 # ---- triton --------------------------------------------------------------------------------------------------------

@@ -28,8 +28,11 @@ from helpers import (
 )
 
 import fusedopt
+from fusedopt import states
 from fusedopt.errors import UNCHANGED
-from fusedopt.rules import RANGES
+from fusedopt.extension import _C
+from fusedopt.formats import Format, plain_format
+from fusedopt.ranges import RANGES
 
 pytestmark = pytest.mark.usefixtures("on_backend")
 SHAPES = ((13, 7), (1021,), (5, 3, 3))
@@ -522,7 +525,7 @@ REFUSED = {
     overlapping_parameters: (
         ValueError,
         HEAD + r"shape \(5, 3, 3\), float32 on cpu: parameter shares memory with parameter of "
-        r"param_groups\[0\]\['params'\]\[1\] \('stem.bias'\), shape \(1021,\), float32 on cpu; they must lie apart",
+        r"param_groups\[0\]\['params'\]\[1\] \('stem.bias'\), shape \(1021,\), float32 on cpu; they must not overlap",
     ),
     interleaved_parameters: (
         ValueError,
@@ -536,7 +539,7 @@ REFUSED = {
     state_of_another_dtype: (TypeError, HEAD + r".*: state '\w+' is bfloat16, not float32"),
     state_that_is_a_list: (TypeError, HEAD + r".*: state '\w+' is a list, not a tensor"),
     state_on_meta: (RuntimeError, HEAD + r".*: state '\w+' is on the meta device, it has no values"),
-    expanded_state: (RuntimeError, HEAD + r".*: several elements of state '\w+' share one address"),
+    expanded_state: (RuntimeError, HEAD + r".*: state '\w+' has several elements at one address"),
 }
 
 
@@ -845,9 +848,9 @@ def test_wrong_number_of_hyperparameters_is_refused_by_the_engine():
     params = make_params(SHAPES)
     optimizer = fusedopt.NAdam(params)
     train(optimizer, params, 1)
-    table = optimizer._plans["step"].buckets[0]._table
+    table = optimizer._plans.kept["step"].buckets[0]._table
     table.refresh(1, may_move=False)
-    scalars, increment_version = optimizer._plans["step"].scalars, torch.autograd.graph.increment_version
+    scalars, increment_version = optimizer._plans.kept["step"].groups.scalars, torch.autograd.graph.increment_version
     for bad, coefs, kind in ((scalars[0][:-1], [1.0], ValueError), (scalars[0], [], IndexError)):
         with nothing_changes(optimizer), pytest.raises(kind):
             table.update([bad], coefs, False, 1, increment_version, params)
@@ -880,7 +883,7 @@ def test_gradient_over_what_the_step_writes_is_refused(spec, what, other):
         written.data = moved
     train(optimizer, params, 2)
     params[0].grad = pool[1:]
-    message = rf"{spec.name}.step: param_groups\[0\]\['params'\]\[0\].*: gradient shares memory with {what}.*lie apart; nothing"
+    message = rf"{spec.name}.step: .*\['params'\]\[0\].*: gradient shares memory with {what}.*not overlap; nothing"
     with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
         optimizer.step()
     params[0].grad = pool[1:].clone()
@@ -906,7 +909,10 @@ def test_parameter_over_what_a_step_needs_is_refused(what, gap):
     optimizer.step()
     before = params[0].data
     params[0].data = pool[gap : gap + 40]
-    with nothing_changes(optimizer), pytest.raises(ValueError, match=rf"shares memory with .*lie apart; {UNCHANGED}"):
+    with (
+        nothing_changes(optimizer),
+        pytest.raises(ValueError, match=rf"shares memory with .*must not overlap; {UNCHANGED}"),
+    ):
         optimizer.step()
     params[0].data = before
     optimizer.step()
@@ -996,9 +1002,68 @@ def test_state_over_other_memory_is_refused(what):
         first["exp_avg"] = first["exp_avg_sq"].view(-1)
     else:
         first["step"] = second["step"]
-    message = r"AdamW.step: param_groups\[0\]\['params'\]\[\d\].* shares memory with .*; they must lie apart; nothing"
+    message = r"AdamW.step: param_groups\[0\]\['params'\]\[\d\].* shares memory with .*; they must not overlap; nothing"
     with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
         optimizer.step()
+
+
+@pytest.mark.parametrize("is_strided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_state_of_another_dtype_is_refused(dtype, is_strided):
+    """Put into the optimizer's state by hand, between two steps."""
+    params = [torch.nn.Parameter(randn((40, 6), seed=i).t() if is_strided else randn((40, 6))) for i in range(2)]
+    optimizer = fusedopt.AdamW(params)
+    train(optimizer, params, 2)
+    optimizer.state[params[1]]["exp_avg"] = optimizer.state[params[1]]["exp_avg"].to(dtype).contiguous()
+    set_grads(params, 2)
+    message = (
+        rf"AdamW.step: param_groups\[0\]\['params'\]\[1\].*state 'exp_avg' is {str(dtype)[6:]}, not float32; nothing"
+    )
+    with nothing_changes(optimizer), pytest.raises(TypeError, match=message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("is_strided", [False, True])
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float64, torch.int8])
+def test_format_that_a_backend_cannot_use_is_refused(on_backend, state_dtype, param_dtype, is_strided, monkeypatch):
+    """No table may hold it, whoever chose it: the engine would read the memory as something else."""
+    format, reason = plain_format(state_dtype), "the update computes in"
+    if format is None:
+        format, reason = Format("int8_toy", state_dtype, decode=None, encode=None), "no codec for"
+    elif format.compute_dtype == param_dtype:
+        return  # the backend can use it
+    monkeypatch.setattr("fusedopt.states.format_of", lambda *arguments: format)
+    monkeypatch.setattr("fusedopt.states.first", lambda rule, group, kept, param: stored_in(format, kept, param))
+    params = [torch.nn.Parameter(randn((40, 6), param_dtype).t()[:, :: 1 + is_strided]) for _ in range(2)]
+    optimizer = fusedopt.AdamW(params)
+    set_grads(params, 0)
+    message = rf"AdamW.step: param_groups\[0\]\['params'\]\[0\].*state 'exp_avg' is stored as {format.name}, .*{reason}"
+    with nothing_changes(optimizer), pytest.raises(TypeError, match=message):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def stored_in(format, kept, param):
+    """A state of zeros, without its codec."""
+    tensors = [tensor.zero_() for tensor in states.empty(param, param.shape, format)]
+    return dict(zip(states.names_in(kept, format), tensors, strict=True))
+
+
+@only_on("cpu", "it has the tables")
+def test_cpp_table_refuses_what_it_has_no_codec_for():
+    """The last guard, behind those that name the parameter."""
+    rule = _C.rules["adam"][0]
+    param, exp_avg, step = torch.zeros(8), torch.zeros(8), torch.zeros(())
+    for dtype in (torch.int8, torch.uint8, torch.int64, torch.bool):
+        for i in range(4):
+            tensors = [param, exp_avg, exp_avg, step]
+            tensors[i] = tensors[i].to(dtype)
+            param_or_other, first, second, count = tensors
+            with pytest.raises(TypeError, match="has no codec"):
+                _C.Bucket(True).add(param_or_other, None, [first, second, None], count, None, None, rule, 0, False)
+    with pytest.raises(TypeError, match="count's dtype is not supported, or it has several elements"):
+        _C.Bucket(True).add(param, None, [exp_avg, exp_avg, None], param, None, None, rule, 0, False)
 
 
 @pytest.mark.parametrize("value", [-5.0, math.nan])
@@ -1192,7 +1257,7 @@ def other_class(name, make, grad):
 
 def second_thread(optimizer, param):
     def step():
-        with optimizer._planned("step"):
+        with fusedopt.step.Planned(optimizer._request("step")):
             raised = []
 
             def run():

@@ -46,8 +46,10 @@ from hypothesis.stateful import (
 )
 
 from fusedopt import _C, reference
-from fusedopt.plan import PARAM_DTYPES, grad_dtypes, state_dtype
-from fusedopt.rules import RANGES, read_options
+from fusedopt.checks import PARAM_DTYPES, grad_dtypes
+from fusedopt.entry import compute_dtype
+from fusedopt.ranges import RANGES
+from fusedopt.rules import read_options
 
 BACKENDS = tuple(os.environ.get("FUZZ_BACKENDS", "cpu cuda reference").split())  # Triton's interpreter is slow
 
@@ -323,14 +325,15 @@ class Loop:
                 self._update(tracked, coef, error)
 
     def _update(self, tracked: Tracked, coef: float, coef_error: float) -> None:
-        param, group, info = tracked.param, self.groups[tracked.group], torch.finfo(state_dtype(tracked.param))
+        param, group, info = tracked.param, self.groups[tracked.group], torch.finfo(compute_dtype(tracked.param))
         function, optimizer_state = getattr(reference, self.rule.name), self.optimizer.state.get(param, {})
         stored = [slot for slot in self.rule.stored(group) if slot is not None]
         is_first = not any(slot.name in tracked.state for slot in stored)
         state: dict[str, Any] = {}
         for slot in stored:
             if slot.name not in tracked.state:
-                initial, dtype = float(group[slot.initial]) if slot.initial else 0.0, state_dtype(param)
+                initial, dtype = float(group[slot.initial]) if slot.initial else 0.0, compute_dtype(param)
+                dtype = dtype.to_complex() if param.is_complex() else dtype
                 initial = complex(initial, initial) if param.is_complex() else initial  # of each of the pair
                 tracked.state[slot.name] = torch.full_like(param, initial, dtype=dtype, requires_grad=False)
             state[slot.name] = Rounded.exactly(tracked.state[slot.name], info)

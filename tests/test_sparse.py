@@ -644,10 +644,10 @@ def test_row_beyond_a_table_without_columns_is_refused(on_backend):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (fusedopt.AdamW, "gradient is sparse, but the rule also moves rows that it leaves out; sparse='lazy'"),
+        (fusedopt.AdamW, "gradient is sparse, but AdamW also updates rows without a gradient; pass sparse='lazy'"),
         (
             lambda params: fusedopt.SGD(params, momentum=0.9),
-            "leaves out unless momentum = weight_decay = 0; sparse='lazy' lets them stand still",
+            "but SGD also updates rows without a gradient unless momentum = weight_decay = 0; pass sparse='lazy'",
         ),
         (lambda params: fusedopt.Adagrad(params, weight_decay=0.1), "unless weight_decay = 0"),
         (fusedopt.RMSprop, "gradient has layout sparse_coo; only dense tensors are supported"),
@@ -679,7 +679,7 @@ def test_failure_on_the_way_changes_nothing(writes_back, on_backend, monkeypatch
     if on_backend == "cpu":
         what = "fusedopt.backends.cpu.Rows.prepare"
     else:
-        what = "torch.Tensor.index_put_" if writes_back else "fusedopt.sparse.replace"
+        what = "torch.Tensor.index_put_" if writes_back else "fusedopt.backends.sparse.replace"
 
     def fail(*arguments, **options):
         raise MemoryError

@@ -13,6 +13,7 @@ import re
 import threading
 import tracemalloc
 import weakref
+from collections import defaultdict
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import fusedopt
 from fusedopt import _C
-from fusedopt.backends import cpu
+from fusedopt.backends import cpu, watch
 from fusedopt.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("on_backend")
@@ -872,10 +873,10 @@ def reading(request):
     """The two ways in which the CPU engine reads tensors."""
     if request.param == "by attributes":
         assert not _C.use_torch(torch.Tensor, [], [])
-    elif not cpu.reads_by_abi:
+    elif not watch.reads_by_abi:
         pytest.skip("this torch's C ABI lacks a function")
     yield
-    cpu._use_torch()
+    watch.use_torch()
 
 
 @only_on("cpu", "how its plan watches addresses; the reference plans anew for every step")
@@ -1538,7 +1539,7 @@ def test_plan_takes_at_most_a_hundredth_of_the_states():
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer.step()
-    bucket = optimizer._plans["step"].buckets[0]
+    bucket = optimizer._plans.kept["step"].buckets[0]
     assert isinstance(bucket, cpu.Bucket)
     scratch = bucket._table.scratch_bytes()
     states = sum(value.numel() * 4 for state in optimizer.state.values() for value in state.values())
@@ -1586,11 +1587,11 @@ def test_step_during_a_step_of_another_thread_is_refused(spec):
     for warm in (0, 1):
         set_grads(params, warm)
         set_grads(plain_params, warm)
-        with optimizer._planned("step") as plan:
+        with fusedopt.step.Planned(optimizer._request("step")) as plan:
             thread = threading.Thread(target=call_both)
             thread.start()
             thread.join()
-            plan.update(1.0)
+            fusedopt.step.update(plan, 1.0)
         plain.step()
         assert_same_bits(params, plain_params)
     assert len(answers) == 4
@@ -1604,15 +1605,20 @@ def test_interrupted_step_leaves_the_optimizer_usable(spec, monkeypatch):
     optimizer, plain = spec.make(params), spec.make(plain_params)
     train(optimizer, params, 1)
     train(plain, plain_params, 1)
-    for where in ("refresh", "release", "discard_fresh_state"):
+    plan_class = type(optimizer._plans.kept["step"])
+    places = (plan_class, "refresh"), (fusedopt.step.Planned, "_release"), (plan_class, "discard_unused_states")
+    for cls, where in places:
+        if where == "discard_unused_states":  # of a plan that has made some
+            optimizer.zero_grad()
+            optimizer.state, plain.state = defaultdict(dict), defaultdict(dict)
         set_grads(params, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(type(optimizer._plans["step"]), where, interrupt)
+            patch.setattr(cls, where, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.clip_grad_norm_(1.0)
-        assert optimizer._in_step == {}
+        assert optimizer._plans.in_step == {}
     optimizer.zero_grad()
-    optimizer._in_step[os.getpid()] = threading.get_ident()  # an interrupt in the last line of a step
+    optimizer._plans.in_step[os.getpid()] = threading.get_ident()  # an interrupt in the last line of a step
     train(optimizer, params, 1, 1)
     train(plain, plain_params, 1, 1)
     assert_same_bits(params, plain_params)
@@ -1630,7 +1636,7 @@ def test_child_forked_during_a_step_can_step():
     optimizer = fusedopt.AdamW(params)
     train(optimizer, params, 1)
     set_grads(params, 1)
-    with optimizer._planned("step"):
+    with fusedopt.step.Planned(optimizer._request("step")):
         run_in_fork(optimizer.step)
 
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../plan.h"
+#include "../table.h"
 
 namespace fusedopt::cpu {
 
@@ -26,10 +26,10 @@ double grad_norm(Table& table, const std::vector<bool>& is_weighted, int num_thr
 // Index of the first active entry whose gradient holds a NaN or an infinity; -1 if none.
 int64_t first_nonfinite(const Table& table);
 
-// Advances every active entry by one step. hyper[group] holds the rule's hyperparameters in the order of its
-// hyper_names; grad_coef[group] multiplies the gradients (sign, unscaling and clipping). from_source: parameters are read where
-// their `source` is. The calling thread does `lead` while the others begin.
+// Advances every active entry by one step. hyper[group] holds the rule's hyperparameters in the order of its hyper_names;
+// grad_coef[group] multiplies the gradients (sign, unscaling and clipping). The calling thread does `lead` while the others
+// begin.
 void update(Table& table, const std::vector<std::vector<double>>& hyper, const std::vector<double>& grad_coef,
-            bool from_source, int num_threads, const std::function<void()>& lead);
+            int num_threads, const std::function<void()>& lead);
 
 }  // namespace fusedopt::cpu

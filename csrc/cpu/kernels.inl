@@ -1,7 +1,7 @@
 // The loops over elements, included by one five-line file per instruction set, which defines FO_ISA. Everything here is
 // static, in a namespace of that name, or always inline: no symbol of one instruction set can stand in for another's.
 //
-// No option and no dtype is looked at inside a loop. Plain loops: GCC 12 vectorises these, and silently does not vectorise
+// No option and no format is looked at inside a loop. Plain loops: GCC 12 vectorises these, and silently does not vectorise
 // the same ones under `#pragma omp simd` once a rule takes its states by reference.
 
 #include "kernels.h"
@@ -99,18 +99,62 @@ constexpr MeasureLoop measure_of() {
   return nullptr;
 }
 
-template <class Codec, class T>
-void load(const void* stored, void* values, int64_t count) {
-  const auto* __restrict from = static_cast<const typename Codec::stored*>(stored);
-  T* __restrict to = static_cast<T*>(values);
-  for (int64_t i = 0; i < count; ++i) to[i] = T(Codec::load(from[i]));
+// Elements that share an auxiliary value are a loop of their own; for all other codecs, all elements are.
+template <class Codec, class Visit>
+FO_HD void for_each_block(int64_t count, const Visit& visit) {
+  if constexpr (Codec::per_aux > 1) {
+    for (int64_t begin = 0; begin < count; begin += Codec::per_aux)
+      visit(begin, count - begin < Codec::per_aux ? count : begin + Codec::per_aux);
+  } else {
+    visit(int64_t(0), count);
+  }
 }
 
 template <class Codec, class T>
-void store(const void* values, void* stored, int64_t count) {
+void decode(const void* stored, const void* aux, void* values, int64_t count) {
+  const auto* __restrict from = static_cast<const typename Codec::stored*>(stored);
+  const auto* __restrict aux_from = static_cast<const typename Codec::aux*>(aux);
+  T* __restrict to = static_cast<T*>(values);
+  for_each_block<Codec>(count, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    if constexpr (Codec::per_aux == 1) {
+      for (int64_t i = begin; i < end; ++i) to[i] = T(Codec::decode(from[i], aux_from[i]));
+    } else {
+      typename Codec::aux shared{};
+      if constexpr (Codec::per_aux > 1) shared = aux_from[begin / Codec::per_aux];
+      for (int64_t i = begin; i < end; ++i) to[i] = T(Codec::decode(from[i], shared));
+    }
+  });
+}
+
+// The largest magnitude of floats, NaN if one of them is. As integers, magnitudes have the same order, with NaN last, and GCC
+// vectorises the maximum of integers alone.
+FO_HD float largest_magnitude(const float* values, int64_t begin, int64_t end) {
+  int32_t largest = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t magnitude = int32_t(bits_of(values[i]) & 0x7fffffff);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return float_of(uint32_t(largest));
+}
+
+template <class Codec, class T>
+void encode(const void* values, void* stored, void* aux, int64_t count, uint32_t key, int64_t first) {
   const T* __restrict from = static_cast<const T*>(values);
   auto* __restrict to = static_cast<typename Codec::stored*>(stored);
-  for (int64_t i = 0; i < count; ++i) to[i] = Codec::store(from[i]);
+  auto* __restrict aux_to = static_cast<typename Codec::aux*>(aux);
+  const auto random = [=](int64_t i) __attribute__((always_inline)) {
+    return Codec::takes_random ? random_bits(key, first + i) : 0;
+  };
+  for_each_block<Codec>(count, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    if constexpr (Codec::per_aux == 1) {
+      for (int64_t i = begin; i < end; ++i) to[i] = Codec::encode(from[i], aux_to[i], random(i));
+    } else {
+      typename Codec::aux shared{};
+      if constexpr (Codec::per_aux > 1)
+        shared = aux_to[begin / Codec::per_aux] = Codec::aux_of(largest_magnitude(from, begin, end));
+      for (int64_t i = begin; i < end; ++i) to[i] = Codec::encode(from[i], shared, random(i));
+    }
+  });
 }
 
 // Sixteen running sums whatever the vector width, added up in one fixed order: one result for every instruction set.
@@ -123,12 +167,12 @@ double sum_of_squares(const void* stored, double scale, int64_t count) {
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) {
     for (int lane = 0; lane < lanes; ++lane) {
-      const double x = scale * double(Codec::load(from[i + lane]));
+      const double x = scale * double(Codec::decode(from[i + lane], NoAux()));
       sums[lane] += x * x;
     }
   }
   for (int lane = 0; i < count; ++i, ++lane) {
-    const double x = scale * double(Codec::load(from[i]));
+    const double x = scale * double(Codec::decode(from[i], NoAux()));
     sums[lane] += x * x;
   }
   for (int half = lanes / 2; half > 0; half /= 2) {
@@ -151,6 +195,48 @@ constexpr MeasureLoop measures[num_rules] = {
 #undef FO_MEASURE
 };
 
+// Double for float64, float for all other formats.
+template <class Codec>
+using ValueOf = decltype(Codec::decode({}, {}));
+
+template <class Codec, class T>
+constexpr DecodeLoop decode_of() {
+  if constexpr (sizeof(ValueOf<Codec>) <= sizeof(T)) return &decode<Codec, T>;
+  return nullptr;
+}
+
+template <class Codec, class T>
+constexpr EncodeLoop encode_of() {
+  if constexpr (std::is_same_v<ValueOf<Codec>, T>) return &encode<Codec, T>;
+  return nullptr;
+}
+
+template <class Codec>
+constexpr SumLoop sum_of() {
+  if constexpr (Codec::per_aux == 0) return &sum_of_squares<Codec>;
+  return nullptr;
+}
+
+template <class T>
+constexpr DecodeLoop decodes[num_formats] = {
+#define FO_DECODE(name, ...) decode_of<__VA_ARGS__, T>(),
+    FO_FORMATS(FO_DECODE)
+#undef FO_DECODE
+};
+
+template <class T>
+constexpr EncodeLoop encodes[num_formats] = {
+#define FO_ENCODE(name, ...) encode_of<__VA_ARGS__, T>(),
+    FO_FORMATS(FO_ENCODE)
+#undef FO_ENCODE
+};
+
+constexpr SumLoop sums_of_squares[num_formats] = {
+#define FO_SUM(name, ...) sum_of<__VA_ARGS__>(),
+    FO_FORMATS(FO_SUM)
+#undef FO_SUM
+};
+
 }  // namespace
 }  // namespace FO_ISA
 
@@ -162,11 +248,9 @@ using namespace FO_ISA;
 const Kernels FO_TABLE(FO_ISA) = {
     {updates<float>, updates<double>},
     {measures<float>, measures<double>},
-    {{&load<Float32, float>, nullptr, &load<BFloat16, float>, &load<Float16, float>},
-     {&load<Float32, double>, &load<Float64, double>, &load<BFloat16, double>, &load<Float16, double>}},
-    {{&store<Float32, float>, nullptr, &store<BFloat16, float>, &store<Float16, float>},
-     {nullptr, &store<Float64, double>, nullptr, nullptr}},
-    {&sum_of_squares<Float32>, &sum_of_squares<Float64>, &sum_of_squares<BFloat16>, &sum_of_squares<Float16>},
+    {decodes<float>, decodes<double>},
+    {encodes<float>, encodes<double>},
+    sums_of_squares,
 };
 
 }  // namespace fusedopt::cpu

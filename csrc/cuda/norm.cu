@@ -24,7 +24,7 @@ struct Sums {
 
   template <class Codec>
   FO_DEVICE void add(typename Codec::stored stored) {
-    add_value<sizeof(stored) == 8>(double(Codec::load(stored)));
+    add_value<sizeof(stored) == 8>(double(Codec::decode(stored, NoAux())));
   }
 };
 
@@ -57,19 +57,20 @@ FO_DEVICE void add_chunk(Sums& sums, void* grad, int64_t begin, int count) {
 }
 
 // The same of the gradient's elements times the parameter's, in double whatever they are stored as.
-FO_DEVICE void add_weighted_chunk(Sums& sums, void* weight, DType weight_dtype, void* grad, DType grad_dtype, int64_t begin,
-                                  int count) {
-  for (int i = threadIdx.x; i < count; i += threads) {
+FO_DEVICE void add_weighted_chunk(Sums& sums, const Slot& weight, const Slot& grad, int64_t begin, int count) {
+  for (int64_t i = begin + threadIdx.x; i < begin + count; i += threads) {
     double value = 1;
-    const auto multiply = [&](void* address, DType dtype) {
-      with_codec<double>(dtype, [&](auto codec) {
+    const auto multiply = [&](const Slot& slot) {
+      with_codec<double>(slot.format, [&](auto codec) {
         using Codec = decltype(codec);
-        value *= double(Codec::load(global<typename Codec::stored>(address)[begin + i]));
+        typename Codec::aux aux = {};
+        if constexpr (Codec::per_aux > 0) aux = global<typename Codec::aux>(slot.aux)[i / Codec::per_aux];
+        value *= double(Codec::decode(global<typename Codec::stored>(slot.stored)[i], aux));
       });
     };
-    multiply(grad, grad_dtype);
+    multiply(grad);
     if (value == 0) continue;  // whatever its weight is
-    multiply(weight, weight_dtype);
+    multiply(weight);
     sums.add_value<true>(value);
   }
 }
@@ -89,12 +90,14 @@ __global__ void __launch_bounds__(threads) of_all(const NormArguments args) {
     if (grad == nullptr) continue;
     const int64_t begin = int64_t(args.index_of[chunk]) * chunk_elements;
     const int count = int(min(int64_t(chunk_elements), args.numel[entry] - begin));
-    const DType param_dtype = DType(args.formats[entry] & 0xff), grad_dtype = DType(args.formats[entry] >> 8);
+    const Format grad_format = Format(args.formats[entry]);
     if (args.weights != nullptr && args.weights[entry] != nullptr) {
-      add_weighted_chunk(wide, args.weights[entry], param_dtype, grad, grad_dtype, begin, count);
+      const Format param_format = Format(args.formats[int64_t(param_slot) * args.num_entries + entry]);
+      const Slot weight{args.weights[entry], args.weights[args.num_entries + entry], param_format};
+      add_weighted_chunk(wide, weight, {grad, nullptr, grad_format}, begin, count);
       continue;
     }
-    with_codec<double>(grad_dtype, [&](auto codec) {
+    with_codec<double, true>(grad_format, [&](auto codec) {
       using Codec = decltype(codec);
       add_chunk<Codec>(sizeof(typename Codec::stored) == 8 ? wide : narrow, grad, begin, count);
     });

@@ -4,157 +4,63 @@
 #include <utility>
 
 #include "../rules/all.h"
-#include "block.cuh"
+#include "part.cuh"
 
 namespace fusedopt::cuda {
 namespace {
 
-// Rows of the table of addresses: the parameter, the rule's states, the step count, the extra scalar, the source.
-constexpr int param_row = 0, first_state_row = 1;
-
-// One entry's column of the table.
+// One entry's column of the tables of formats and addresses. Rows of both: slots, then scalars; of addresses, then those of the
+// slots' auxiliary values.
 struct Column {
-  void* const* first;
-  int64_t num_entries;
+  const UpdateArguments& args;
+  int entry;
 
-  FO_DEVICE Column(const UpdateArguments& args, int entry) : first(args.addresses + entry), num_entries(args.num_entries) {}
-  FO_DEVICE void* operator[](int row) const { return first[row * num_entries]; }
+  FO_DEVICE Format format(int row) const { return Format(args.formats[int64_t(row) * args.num_entries + entry]); }
+  FO_DEVICE void* address(int row) const {
+    return row == grad_slot ? args.grads[entry] : args.addresses[int64_t(row - 1) * args.num_entries + entry];
+  }
 };
 
 template <class Rule, class T>
 struct Update {
   static constexpr int num_states = fusedopt::num_states<Rule>, num_sums = SumsOf<Rule>::count;
-  static constexpr int step_row = first_state_row + num_states, extra_row = step_row + 1, source_row = extra_row + 1;
+  static constexpr int num_slots = first_state_slot + num_states, step_row = num_slots, second_scalar_row = step_row + 1;
   using all_states = std::make_integer_sequence<int, num_states>;
   static constexpr int num_hyper = sizeof(typename Rule::Hyper) / sizeof(double);
-  static constexpr DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;  // of states, and computed in
   static_assert(chunk_elements % Stretch<T>::elements == 0);
+
+  // ---- scalars ----
 
   // What an entry's scalars depend on. Neighbours mostly agree.
   struct Key {
     int group;
     float step;
-    double extra;
-    int entry;  // of a rule with sums; else 0
+    double second;  // scalar beside the step count, if there is one
+    int entry;      // of a rule with sums; else 0
 
     FO_DEVICE bool operator==(const Key& other) const {
-      return group == other.group && step == other.step && extra == other.extra && entry == other.entry;
+      return group == other.group && step == other.step && second == other.second && entry == other.entry;
     }
   };
 
-  FO_DEVICE static Key key_of(const UpdateArguments& args, int entry, const Column& column) {
-    const double extra = args.has_extra ? double(*global<T>(column[extra_row])) : 0;
-    return {args.group_of[entry], *global<float>(column[step_row]) + 1, extra, num_sums > 0 ? entry : 0};
+  FO_DEVICE static Key key_of(const Column& column) {
+    double second = 0;
+    if (column.args.num_scalars > 1) {
+      with_codec<double, true>(column.format(second_scalar_row), [&](auto codec) {
+        using Codec = decltype(codec);
+        second = Codec::decode(*global<typename Codec::stored>(column.address(second_scalar_row)), {});
+      });
+    }
+    const float step = *global<float>(column.address(step_row)) + 1;
+    return {column.args.group_of[column.entry], step, second, num_sums > 0 ? column.entry : 0};
   }
 
-  // The rule's scalars in this step, and what becomes of the extra one.
-  FO_DEVICE static Rule prepare(const UpdateArguments& args, const Key& key, double& extra) {
+  // The rule's scalars in this step, and what becomes of the second one.
+  FO_DEVICE static Rule prepare(const UpdateArguments& args, const Key& key, double& second) {
     const double* const hyper = args.hyper + key.group * (num_hyper + 1);
     const double grad_coef = hyper[num_hyper] * args.control[0] / double(*args.grad_scale);
-    extra = key.extra;
-    return Rule::prepare(*reinterpret_cast<const typename Rule::Hyper*>(hyper), grad_coef, key.step, extra);
-  }
-
-  // What all chunks of an entry share.
-  struct Entry {
-    void *param, *source, *grad, *states[num_states];
-    int64_t numel;
-    DType param_dtype, source_dtype, grad_dtype;
-    bool is_aligned;
-  };
-
-  template <int... state>
-  FO_DEVICE static Entry entry_of(const UpdateArguments& args, int index, std::integer_sequence<int, state...>) {
-    const Column column(args, index);
-    void* const source = args.from_source ? column[source_row] : column[param_row];
-    Entry entry{column[param_row], source, args.grads[index],
-                {Rule::stores[state] ? column[first_state_row + state] : nullptr ...}};
-    entry.numel = args.numel[index];
-    entry.param_dtype = sizeof(T) == 8 ? dtype : DType(args.formats[index] & 0xff);
-    entry.source_dtype = args.from_source ? dtype : entry.param_dtype;  // a state of another rule
-    entry.grad_dtype = DType(args.formats[index] >> 8);
-    entry.is_aligned = is_vector(entry.param) && is_vector(entry.source) && is_vector(entry.grad) && (... && is_vector(entry.states[state])) &&
-                       (sizeof(T) == 4 || entry.grad_dtype == dtype);
-    return entry;
-  }
-
-  // Calls visit(param, grad, states...) for a thread's elements, and keeps what it does to them if they are updated.
-  template <bool by_vectors, bool is_updated, class Visit, int... state>
-  FO_DEVICE static void with_stretch(const Entry& entry, const Stretch<T>& stretch, const Visit& visit,
-                                     std::integer_sequence<int, state...>) {
-    constexpr int count = Stretch<T>::per_part;
-    Part<T, by_vectors> param, grad, states[num_states];
-#pragma unroll 1
-    for (int part = 0; part < stretch.parts; ++part) {
-      const int left = stretch.left(part);
-      if (!by_vectors && left <= 0) break;
-      param.load(stretch, part, entry.source, entry.source_dtype);
-      grad.load(stretch, part, entry.grad, entry.grad_dtype);
-      ((Rule::stores[state] ? states[state].load(stretch, part, entry.states[state], dtype) : void()), ...);
-      T param_values[count], grad_values[count], state_values[num_states][count];
-      param.decode(part, entry.source_dtype, param_values);
-      grad.decode(part, entry.grad_dtype, grad_values);
-      ((Rule::stores[state] ? states[state].decode(part, dtype, state_values[state]) : void()), ...);
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        if (by_vectors || i * threads < left) visit(param_values[i], grad_values[i], state_values[state][i]...);
-      }
-      if constexpr (is_updated) {
-        param.encode(entry.param_dtype, param_values);
-        param.store(stretch, part, entry.param, entry.param_dtype);
-        ((Rule::stores[state] ? states[state].encode(dtype, state_values[state]) : void()), ...);
-        ((Rule::stores[state] ? states[state].store(stretch, part, entry.states[state], dtype) : void()), ...);
-      }
-    }
-  }
-
-  template <bool is_updated, class Visit>
-  FO_DEVICE static void with_chunk(const Entry& entry, int64_t begin, const Visit& visit) {
-    Stretch<T> stretch{begin};
-    int left = int(min(int64_t(chunk_elements), entry.numel - begin));
-    for (; left > 0; left -= Stretch<T>::elements, stretch.begin += Stretch<T>::elements) {
-      stretch.count = min(left, Stretch<T>::elements);
-      if (entry.is_aligned && stretch.count == Stretch<T>::elements) {
-        with_stretch<true, is_updated>(entry, stretch, visit, all_states());
-      } else {
-        with_stretch<false, is_updated>(entry, stretch, visit, all_states());
-      }
-    }
-  }
-
-  // Calls visit(entry, chunk, begin, rule) for the chunks that fall to this block, of entries with a gradient; is_adapted: with
-  // the sums folded into the rule. Backwards, because the norm went forwards: the gradients that it read last are still in the
-  // cache.
-  template <bool is_adapted, class Visit>
-  FO_DEVICE static void for_each_chunk(const UpdateArguments& args, const Visit& visit) {
-    __shared__ Rule rule;
-    __shared__ Key known;
-    if (threadIdx.x == 0) known.group = -1;
-    __syncthreads();
-    int last = -1;
-    Entry entry;
-    for (int chunk = args.num_chunks - 1 - int(blockIdx.x); chunk >= 0; chunk -= gridDim.x) {
-      const int index = args.entry_of[chunk];
-      const int64_t begin = int64_t(args.index_of[chunk]) * chunk_elements;
-      if (index != last) {
-        last = index;
-        entry = entry_of(args, index, all_states());
-        if (entry.grad != nullptr) {
-          const Key key = key_of(args, index, Column(args, index));
-          if (!(key == known)) {
-            __syncthreads();  // all threads are done with the last one
-            if (threadIdx.x == 0) {
-              double unused;
-              rule = prepare(args, key, unused);
-              if constexpr (is_adapted && num_sums > 0) adapt(args, index, double(entry.numel), rule);
-              known = key;
-            }
-            __syncthreads();
-          }
-        }
-      }
-      if (entry.grad != nullptr) visit(entry, chunk, begin, rule);
-    }
+    second = key.second;
+    return Rule::prepare(*reinterpret_cast<const typename Rule::Hyper*>(hyper), grad_coef, key.step, second);
   }
 
   FO_DEVICE static void adapt(const UpdateArguments& args, int entry, double numel, Rule& rule) {
@@ -175,7 +81,7 @@ struct Update {
       for (int i = 0; i < at_once; ++i) {
         const int entry = first + i * threads;
         const bool has_grad = entry < args.num_entries && args.grads[entry] != nullptr;
-        steps[i] = has_grad ? Column(args, entry)[step_row] : nullptr;
+        steps[i] = has_grad ? Column{args, entry}.address(step_row) : nullptr;
       }
 #pragma unroll
       for (int i = 0; i < at_once; ++i) counts[i] = steps[i] ? *global<float>(steps[i]) : 0;
@@ -186,21 +92,159 @@ struct Update {
     }
   }
 
-  // The same of the extra scalars, which follow from the step counts of before; that is costly, and mostly what it was for
+  // The same of the second scalars, which follow from the step counts of before; that is costly, and mostly what it was for
   // the thread's entry before.
-  FO_DEVICE static void advance_extras(const UpdateArguments& args) {
+  FO_DEVICE static void advance_second_scalars(const UpdateArguments& args) {
     Key known{-1};
-    double extra = 0;
+    double second = 0;
     for (int entry = threadIdx.x; entry < args.num_entries; entry += threads) {
       if (args.grads[entry] == nullptr) continue;
-      const Column column(args, entry);
-      const Key key = key_of(args, entry, column);
-      if (!(key == known)) prepare(args, key, extra), known = key;
-      *global<T>(column[extra_row]) = T(extra);
+      const Column column{args, entry};
+      const Key key = key_of(column);
+      if (!(key == known)) prepare(args, key, second), known = key;
+      with_codec<double, true>(column.format(second_scalar_row), [&](auto codec) {
+        using Codec = decltype(codec);
+        NoAux none;
+        *global<typename Codec::stored>(column.address(second_scalar_row)) = Codec::encode(value_of<Codec>(second), none, 0);
+      });
+    }
+  }
+
+  // ---- elements ----
+
+  static constexpr Format direct = sizeof(T) == 8 ? Format::float64 : Format::float32;
+
+  // What all chunks of an entry share, in shared memory: registers are for elements.
+  struct Entry {
+    Slot slots[num_slots];
+    int64_t numel;
+    uint32_t random_key;
+    Rule rule;
+
+    // Each row of the tables is read by a thread of its own.
+    FO_DEVICE void read(const Column& column) {
+      static_assert(num_slots < warp);
+      const int row = threadIdx.x;
+      if (row < num_slots) {
+        const int aux_row = num_slots + column.args.num_scalars + row - 1;
+        slots[row] = {column.address(row), row == grad_slot ? nullptr : column.address(aux_row), column.format(row)};
+      } else if (row == num_slots) {
+        numel = column.args.numel[column.entry];
+      }
+    }
+
+    // A tensor, of which the compiler knows the format if it is_direct. What is written in double is direct.
+    template <bool is_direct>
+    FO_DEVICE Slot slot(int index) const {
+      Slot result = slots[index];
+      if (is_direct || (sizeof(T) == 8 && index >= param_slot)) result.format = direct;
+      return result;
+    }
+
+    FO_DEVICE bool has_gradient() const { return slots[grad_slot].stored != nullptr; }
+
+    // Whether whole stretches can be accessed by vectors. In double all tensors must be direct.
+    FO_DEVICE bool is_aligned() const {
+      bool is = sizeof(T) == 4 || (slots[grad_slot].format == direct && slots[source_slot].format == direct);
+#pragma unroll
+      for (const Slot& slot : slots) is &= is_vector(slot.stored) && is_vector(slot.aux);
+      return is;
+    }
+
+    // Whether all states are direct: the usual case, for which there is code without a look at their formats.
+    template <int... state>
+    FO_DEVICE bool has_direct_states(std::integer_sequence<int, state...>) const {
+      return sizeof(T) == 8 || (... && (!Rule::stores[state] || slots[first_state_slot + state].format == direct));
+    }
+  };
+
+  template <int state>
+  static constexpr bool is_read = Rule::stores[state] && state != overwritten_state<Rule>;
+
+  // Calls visit(param, grad, states...) for a thread's elements, and keeps what it does to them if they are updated.
+  template <bool by_vectors, bool has_direct_states, bool is_updated, class Visit, int... state>
+  FO_DEVICE static void with_stretch(const Entry& entry, const Stretch<T>& stretch, const Visit& visit,
+                                     std::integer_sequence<int, state...>) {
+    constexpr int count = Stretch<T>::per_part;
+    Part<T, by_vectors> param, states[num_states];
+    Part<T, by_vectors, true> grad;
+#pragma unroll 1
+    for (int part = 0; part < stretch.parts; ++part) {
+      if (!by_vectors && stretch.left_for_warp(part) <= 0) break;
+      const auto read_slot = [&](int i) { return entry.template slot<by_vectors && sizeof(T) == 8>(i); };
+      const auto state_slot = [&](int i) { return entry.template slot<has_direct_states>(first_state_slot + i); };
+      param.load(stretch, part, read_slot(source_slot));
+      grad.load(stretch, part, read_slot(grad_slot));
+      ((is_read<state> ? states[state].load(stretch, part, state_slot(state)) : void()), ...);
+      T param_values[count], grad_values[count], state_values[num_states][count];
+      param.decode(part, read_slot(source_slot).format, param_values);
+      grad.decode(part, read_slot(grad_slot).format, grad_values);
+      ((is_read<state> ? states[state].decode(part, state_slot(state).format, state_values[state]) : void()), ...);
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        if (by_vectors || i * threads < stretch.left(part)) visit(param_values[i], grad_values[i], state_values[state][i]...);
+      }
+      if constexpr (is_updated) {
+        const auto write = [&](Part<T, by_vectors>& own, const Slot& slot, const T (&values)[count]) {
+          own.encode(stretch, part, slot.format, entry.random_key, values);
+          own.store(stretch, part, slot);
+        };
+        write(param, entry.template slot<false>(param_slot), param_values);
+        ((Rule::stores[state] ? write(states[state], state_slot(state), state_values[state]) : void()), ...);
+      }
+    }
+  }
+
+  template <bool is_updated, class Visit>
+  FO_DEVICE static void with_chunk(const Entry& entry, int64_t begin, const Visit& visit) {
+    Stretch<T> stretch{begin};
+    const bool is_aligned = entry.is_aligned(), has_direct_states = entry.has_direct_states(all_states());
+    int left = int(min(int64_t(chunk_elements), entry.numel - begin));
+    for (; left > 0; left -= Stretch<T>::elements, stretch.begin += Stretch<T>::elements) {
+      stretch.count = min(left, Stretch<T>::elements);
+      if (!is_aligned || stretch.count < Stretch<T>::elements) {
+        with_stretch<false, false, is_updated>(entry, stretch, visit, all_states());
+      } else if (has_direct_states) {
+        with_stretch<true, true, is_updated>(entry, stretch, visit, all_states());
+      } else if constexpr (sizeof(T) == 4 && num_states > 0) {
+        with_stretch<true, false, is_updated>(entry, stretch, visit, all_states());
+      }
+    }
+  }
+
+  // Calls visit(entry, chunk, begin) for the chunks that fall to this block, of entries with a gradient; is_adapted: with the
+  // sums folded into the rule. Backwards, because the norm went forwards: the gradients that it read last are still in the
+  // cache.
+  template <bool is_adapted, class Visit>
+  FO_DEVICE static void for_each_chunk(const UpdateArguments& args, const Visit& visit) {
+    __shared__ Entry entry;
+    __shared__ Key known;                   // what entry.rule was prepared from
+    constexpr int preparing_thread = warp;  // not of the warp that reads the rows
+    if (threadIdx.x == preparing_thread) known.group = -1;
+    int last = -1;
+    for (int chunk = args.num_chunks - 1 - int(blockIdx.x); chunk >= 0; chunk -= gridDim.x) {
+      const int index = args.entry_of[chunk];
+      if (index != last) {
+        last = index;
+        const Column column{args, index};
+        __syncthreads();  // all threads are done with the last one
+        entry.read(column);
+        if (threadIdx.x == preparing_thread && args.grads[index] != nullptr) {
+          const Key key = key_of(column);
+          if (!(key == known)) {
+            double unused;
+            entry.rule = prepare(args, key, unused);
+            if constexpr (is_adapted && num_sums > 0) adapt(args, index, double(args.numel[index]), entry.rule);
+            known = key;
+          }
+          entry.random_key = random_key(args.seeds[index], uint32_t(key.step));
+        }
+        __syncthreads();
+      }
+      if (entry.has_gradient()) visit(entry, chunk, int64_t(args.index_of[chunk]) * chunk_elements);
     }
   }
 };
-
 // Blocks that a multiprocessor must have room for: as many as fit without spilling registers.
 template <class Rule, class T>
 constexpr int min_blocks() {
@@ -217,13 +261,13 @@ __global__ void __launch_bounds__(threads, (min_blocks<Rule, T>())) update(const
     if (args.counts_skip && blockIdx.x == 0 && threadIdx.x == 0) ++*args.skipped;
     return;
   }
-  Of::template for_each_chunk<true>(args, [](const typename Of::Entry& entry, int, int64_t begin, const Rule& rule) {
-    Of::template with_chunk<true>(entry, begin, [&](auto&... values) { rule(values...); });
+  Of::template for_each_chunk<true>(args, [](const typename Of::Entry& entry, int, int64_t begin) {
+    Of::template with_chunk<true>(entry, begin, [&](auto&... values) { entry.rule(values...); });
   });
   // Step counts move when no block reads them any more.
   if (!is_last_block(args.ticket)) return;
-  if (args.has_extra) {
-    Of::advance_extras(args);
+  if (args.num_scalars > 1) {
+    Of::advance_second_scalars(args);
     __syncthreads();
   }
   Of::advance_steps(args);
@@ -234,10 +278,10 @@ template <class Rule, class T>
 __global__ void __launch_bounds__(threads, (min_blocks<Rule, T>())) measure(const UpdateArguments args) {
   using Of = Update<Rule, T>;
   constexpr int num_sums = Of::num_sums;
-  Of::template for_each_chunk<false>(args, [&](const typename Of::Entry& entry, int chunk, int64_t begin, const Rule& rule) {
+  Of::template for_each_chunk<false>(args, [&](const typename Of::Entry& entry, int chunk, int64_t begin) {
     double sums[num_sums] = {};
     Of::template with_chunk<false>(entry, begin, [&](auto... values) {
-      const typename Rule::Sums own = rule.measure(values...);
+      const typename Rule::Sums own = entry.rule.measure(values...);
       const double* const of_element = reinterpret_cast<const double*>(&own);
 #pragma unroll
       for (int k = 0; k < num_sums; ++k) sums[k] += of_element[k];

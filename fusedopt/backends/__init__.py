@@ -2,15 +2,11 @@
 
 `supports(device)`: whether it is made for such tensors. `unavailable(device)` is None, or the reason why it cannot be used
 there; without a device, on this machine. SCALARS_ON_DEVICE: whether it keeps step counts where the parameters are, or in host
-memory.
+memory. `formats()`: the names of the storage formats that it has codecs for.
 
-`Bucket(rule, entries)` takes the entries of one device and offers `entries`, `refresh() -> bool` (False: it no longer fits),
-`grad_norm(is_weighted) -> float`, `first_nonfinite() -> int` (an index into `entries`, or -1), `prepare(scalars, grad_coefs,
-from_source)`, which does what can fail and returns what writes, and `release()`. Of `is_weighted`, `scalars` and `grad_coefs`
-there is one per group (plan.py). `is_capturing`: what it launches goes into a CUDA graph. One that `is_asynchronous` can leave
-clipping and skipping to the device, so that nobody waits for it: `measure()`, more arguments of `prepare()`, `has_launched`
-(see device.py). The plan sets `is_alone`, where it has only this one, and `norm_group`: which processes its tensors are spread
-over.
+`Bucket(rule, entries, is_alone)` takes the entries of one device; what it offers is the protocol `fusedopt.entry.Bucket`.
+`is_alone`: whether the plan has no other bucket. One that `is_asynchronous` can leave clipping and skipping to the device, so
+that nobody waits for it: `measure()`, more arguments of `prepare()`, `has_launched` (see device.py).
 
 A backend that can update single rows where they are has `Rows(touched)` too: made for one step, with what sparse gradients
 touch (fusedopt/sparse.py), it offers `grad_norm`, `first_nonfinite` (an index into ``touched``) and `prepare` as a bucket does.

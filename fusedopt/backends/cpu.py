@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from fusedopt.backends.sparse import Touched
+from fusedopt.backends.watch import handed, slots_of, table_of
+from fusedopt.entry import Entry
 from fusedopt.extension import _C, problem
 from fusedopt.rules import Rule
-
-if TYPE_CHECKING:
-    from fusedopt.plan import Entry
-    from fusedopt.sparse import Touched
-
-
-def _use_torch() -> bool:
-    """Lets the extension read tensors through torch's stable C ABI. False: it reads Python attributes instead, slowly."""
-    try:
-        library = ctypes.CDLL(torch._C.__file__)  # loaded already; a symbol is looked for in what it links to as well
-        functions = [
-            ctypes.cast(getattr(library, name, None), ctypes.c_void_p).value or 0 for name in _C.torch_functions
-        ]
-    except OSError:
-        functions = []
-    tensors = [torch.empty(3), torch.nn.Parameter(torch.empty(2, 2)), torch.empty((), dtype=torch.float64)]
-    known = [(id(tensor), tensor._cdata, getattr(tensor.untyped_storage(), "_cdata", 0)) for tensor in tensors]
-    return _C.use_torch(torch.Tensor, functions, known)
-
-
-reads_by_abi = _C is not None and _use_torch()
 
 _forced_isa = os.environ.get("FUSEDOPT_CPU_ISA")
 if _C and _forced_isa and not _C.set_isa(_forced_isa):
@@ -50,54 +31,34 @@ def unavailable(where: torch.device | None = None) -> str | None:
     return None if _C.available_isas() else "the CPU has none of the instruction sets of this build"
 
 
+def formats() -> frozenset[str]:
+    """Names of the storage formats that it has codecs for."""
+    return frozenset(_C.formats)
+
+
 def supports(device: torch.device, is_asked_for: bool = False) -> bool:
     """Whether it takes tensors of that device."""
     return device.type == "cpu"
-
-
-def table_of(entries: Sequence[Entry], is_host: bool) -> _C.Bucket:
-    """The entries' addresses and layouts in C++, to be updated there, or only watched."""
-    table = _C.Bucket(is_host)
-    for entry in entries:
-        if entry.is_idle:
-            table.add_idle(entry.param)
-            continue
-        table.add(
-            entry.param,
-            entry.param.grad,
-            entry.states,
-            entry.step,
-            entry.extra,
-            entry.source,
-            _C.rules[entry.variant][0],
-            entry.group,
-            entry.is_strided,
-        )
-    table.finish()
-    return table
-
-
-def with_gradient(table: _C.Bucket, params: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Those parameters that had a gradient when the table was refreshed; all of the table's are given."""
-    return params if table.all_active() else [params[i] for i in table.active()]
 
 
 class Bucket:
     """Entries in host memory, with their C++ tensor and chunk tables."""
 
     is_asynchronous = is_capturing = False
-    is_alone = False  # set by a plan that has no other bucket: the table then knows all memory that a step writes
+    is_capturable = True
 
-    def __init__(self, rule: Rule, entries: Sequence[Entry]):
+    def __init__(self, rule: Rule, entries: Sequence[Entry], is_alone: bool):
         self.entries = list(entries)
+        self.device = torch.device("cpu")
         self._table = table_of(self.entries, is_host=True)
-        self._params = [entry.param for entry in self.entries]
+        self._params = [entry.param.tensor for entry in self.entries]
+        self._may_move = is_alone  # the table then knows all memory that a step writes
+        self._handed = handed(self.entries)
+        self.release = self._table.release
 
     def refresh(self) -> bool:
-        return self._table.refresh(torch.get_num_threads(), may_move=self.is_alone)
-
-    def release(self) -> None:
-        self._table.release()
+        grads = [entry.handed_grad for entry in self._handed] if self._handed else []  # a call less in most steps
+        return self._table.refresh(torch.get_num_threads(), self._may_move, grads)
 
     def grad_norm(self, is_weighted: Sequence[bool]) -> float:
         return self._table.grad_norm(is_weighted, torch.get_num_threads())
@@ -105,13 +66,11 @@ class Bucket:
     def first_nonfinite(self) -> int:
         return self._table.first_nonfinite()
 
-    def prepare(
-        self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float], from_source: bool = False
-    ) -> Callable[[], None]:
+    def prepare(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> Callable[[], None]:
         # Autograd must notice that a tensor it saved has changed.
-        written, increment = with_gradient(self._table, self._params), torch.autograd.graph.increment_version
+        written, increment = self._table.with_gradient(self._params), torch.autograd.graph.increment_version
         threads = torch.get_num_threads()
-        return lambda: self._table.update(scalars, grad_coefs, from_source, threads, increment, written)
+        return functools.partial(self._table.update, scalars, grad_coefs, threads, increment, written)
 
 
 class Rows:
@@ -122,9 +81,17 @@ class Rows:
         self._table = _C.Bucket(True)
         for part in touched:
             entry = part.entry
-            rule = _C.rules[entry.variant][0]
-            tensors = part.keys, part.values, entry.states, entry.step, entry.extra
-            self._table.add_rows(entry.param, *tensors, rule, entry.group, entry.is_strided)
+            self._table.add_rows(
+                entry.param.tensor,
+                part.keys,
+                part.values,
+                slots_of(entry),
+                [slot.tensor for slot in entry.scalars],
+                _C.rules[entry.variant][0],
+                entry.group,
+                entry.seed,
+                entry.is_strided,
+            )
         self._table.finish()
 
     def grad_norm(self, is_weighted: Sequence[bool]) -> float:
@@ -134,6 +101,6 @@ class Rows:
         return self._table.first_nonfinite()
 
     def prepare(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> Callable[[], None]:
-        written, increment = [part.entry.param for part in self._touched], torch.autograd.graph.increment_version
+        written, increment = [part.entry.param.tensor for part in self._touched], torch.autograd.graph.increment_version
         threads = torch.get_num_threads()
-        return lambda: self._table.update(scalars, grad_coefs, False, threads, increment, written)
+        return functools.partial(self._table.update, scalars, grad_coefs, threads, increment, written)

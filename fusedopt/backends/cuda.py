@@ -13,17 +13,15 @@ import sys
 from collections.abc import Hashable
 from ctypes import POINTER, c_char_p, c_int32, c_void_p
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fusedopt.backends import device
-from fusedopt.backends.reference import as_real
+from fusedopt.backends import device, tables
+from fusedopt.entry import Entry
 from fusedopt.extension import build_command
+from fusedopt.formats import FORMATS
 from fusedopt.rules import RULES
-
-if TYPE_CHECKING:
-    from fusedopt.plan import Entry
 
 LIBRARY = Path(__file__).parent.parent / "_cuda.so"
 RECORD = LIBRARY.with_suffix(".txt")  # what setup.py wrote: "built for ... by ...", or "not built: " and why
@@ -53,9 +51,9 @@ class Library:
         known = dict(facts)
         self.is_on_host = known["memory"] == "host"
         self.chunk = int(known["chunk"])
-        self.dtypes = {getattr(torch, name): index for index, name in enumerate(known["dtypes"].split())}
         self.norm_arguments = _structure("NormArguments", known["norm"])
         self.update_arguments = _structure("UpdateArguments", known["update"])
+        self.formats = self._formats([text.split() for kind, text in facts if kind == "format"])
         rules = [text.split(" ", 3) for kind, text in facts if kind == "rule"]
         self.rules = {name: index for index, (name, *_) in enumerate(rules)}
         theirs = {
@@ -65,8 +63,8 @@ class Library:
         if theirs != ours:
             raise RuntimeError(f"it differs in the rule {min(theirs ^ ours)[0]!r}")
         for what, structure, names in (
-            ("norm", self.norm_arguments, device.NORM_ARGUMENTS | {"formats", "is_norm_double"}),
-            ("update", self.update_arguments, device.UPDATE_ARGUMENTS | {"formats", "has_extra"}),
+            ("norm", self.norm_arguments, tables.NORM_ARGUMENTS | {"formats", "is_norm_double"}),
+            ("update", self.update_arguments, tables.UPDATE_ARGUMENTS | {"formats"}),
         ):
             if {name for name, _ in structure._fields_} != names:
                 raise RuntimeError(f"the arguments of its {what} differ")
@@ -79,6 +77,19 @@ class Library:
         ):
             function = getattr(functions, f"fusedopt_cuda_{name}")
             function.restype, function.argtypes = c_char_p, arguments
+
+    @staticmethod
+    def _formats(rows: list[list[str]]) -> dict[str, int]:
+        """Name -> index of each format that it has a codec for and the package knows."""
+        for name, dtype, aux_dtype, per_aux, takes_random in rows:
+            facts = dtype, None if aux_dtype == "-" else aux_dtype, int(per_aux), takes_random == "1"
+            if name in FORMATS and FORMATS[name].facts != facts:
+                raise RuntimeError(f"it differs in the format {name!r}")
+        indices = {name: index for index, (name, *_) in enumerate(rows) if name in FORMATS}
+        missing = {name for name, known in FORMATS.items() if known.is_plain} - indices.keys()
+        if missing:
+            raise RuntimeError(f"it has not the format {min(missing)!r}")
+        return indices
 
     def call(self, name: str, *arguments: Any) -> None:
         """Raises RuntimeError with the CUDA call that failed, and why."""
@@ -185,6 +196,12 @@ def _problem_on(index: int) -> str | None:
     return None
 
 
+def formats() -> frozenset[str]:
+    """Names of the storage formats that the kernels have codecs for."""
+    library = _load()[0]
+    return frozenset() if library is None else frozenset(library.formats)
+
+
 def supports(where: torch.device, is_asked_for: bool = False) -> bool:
     """Whether they take tensors of that device; compiled for the host only for who asks for it."""
     if where.type != "cpu":
@@ -199,26 +216,28 @@ class Bucket(device.Bucket):
     def key(self, entry: Entry) -> Hashable:
         return entry.variant, entry.compute_dtype
 
-    def kernels(self, entries: list[Entry]) -> device.Kernels:
+    def kernels(self, entries: list[Entry]) -> tables.Kernels:
         return Kernels(entries)
 
 
-class Kernels(device.Kernels):
+class Kernels(tables.Kernels):
     def __init__(self, entries: list[Entry]):
         self._library = library = _load()[0]
         self.chunk = library.chunk
         first = entries[0]
-        self._index = first.param.device.index or 0
-        self._has_extra = int(first.extra is not None)
+        self._index = first.param.tensor.device.index or 0
         self._kernel = library.rules[first.variant], int(first.compute_dtype == torch.float64)
-        chunks = max(device.num_chunks(entries, self.chunk), 1)
+        chunks = max(tables.num_chunks(entries, self.chunk), 1)
         self.norm_programs = min(chunks, library.count("num_blocks", -1, 0, self._index))
         self._update_programs = min(chunks, library.count("num_blocks", *self._kernel, self._index))
-        formats = [
-            library.dtypes[as_real(entry.param.detach()).dtype] | library.dtypes[device.grad_dtype(entry)] << 8
-            for entry in entries
-        ]
-        self.tables = {"formats": torch.tensor(formats, dtype=torch.int32, device="cpu")}
+        columns = []
+        for entry in entries:
+            stored = [
+                slot or entry.param for slot in (*entry.slots, *entry.scalars)
+            ]  # what is not stored has no format
+            names = [tables.grad_format(entry).name, *(slot.format.name for slot in stored)]
+            columns.append([library.formats[name] for name in names])
+        self.tables = {"formats": torch.tensor(columns, dtype=torch.int32, device="cpu").t().contiguous()}
         self._norm_arguments = _Filled(library.norm_arguments)
         self._update_arguments = _Filled(library.update_arguments)
 
@@ -228,7 +247,7 @@ class Kernels(device.Kernels):
         self._library.call("norm", values, self.norm_programs, self._index, stream)
 
     def update(self, arguments: dict[str, Any], stream: int) -> None:
-        values = self._update_arguments.with_(arguments, has_extra=self._has_extra)
+        values = self._update_arguments.with_(arguments)
         self._library.call("update", *self._kernel, values, self._update_programs, self._index, stream)
 
 

@@ -1,7 +1,8 @@
-"""What both kinds of GPU kernels (cuda.py, triton.py) need of the host: tables in device memory, and no waiting for the device.
+"""What both kinds of GPU kernels (cuda.py, triton.py) need of the host: launches, streams and captures, and no waiting for the
+device.
 
 A step is one launch for the norm, if that is asked for, and one for the update, for each combination of what a backend wants
-apart (`Bucket.key`). The tables are described in kernels/engine.py.
+apart (`Bucket.key`). What is launched reads the tables of tables.py.
 """
 
 from __future__ import annotations
@@ -9,78 +10,37 @@ from __future__ import annotations
 import contextlib
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
 
-from fusedopt.backends.cpu import table_of, with_gradient
-from fusedopt.backends.reference import as_real, first_nonfinite
+from fusedopt.backends.reference import first_nonfinite
+from fusedopt.backends.tables import Kernels, Table
+from fusedopt.backends.watch import handed, table_of
+from fusedopt.entry import Entry
 from fusedopt.extension import _C
 from fusedopt.interrupts import uninterrupted
 from fusedopt.rules import Rule
 
-if TYPE_CHECKING:
-    from fusedopt.plan import Entry
-
-Upload = Callable[[torch.Tensor], torch.Tensor]
 # What captured graphs read, for good: nobody says when a graph is gone.
 _captured: list[Any] = []
 _NOTHING = contextlib.nullcontext()
-# What both engines' kernels take, by name (kernels/engine.py).
-TABLE_ARGUMENTS = {"grads", "entry_of", "index_of", "numel", "num_chunks", "ticket", "control", "grad_scale"}
-NORM_ARGUMENTS = TABLE_ARGUMENTS | {
-    "partials", "first_partial", "num_partials", "max_norm", "previous", "norm", "is_final", "weights",
-}  # fmt: skip
-UPDATE_ARGUMENTS = TABLE_ARGUMENTS | {
-    "num_entries", "addresses", "group_of", "hyper", "found_inf", "skipped", "skips_nonfinite", "counts_skip", "from_source",
-    "num_sums", "first_chunk", "partial_sums", "sums",
-}  # fmt: skip
-GRAD = -1  # slot of the gradient, whose addresses are apart; others are rows of the kernels' table
-
-
-def grad_dtype(entry: Entry) -> torch.dtype:
-    """Of the gradient, or expected of the first one; of the real numbers, where it is complex."""
-    return as_real(entry.param.detach() if entry.param.grad is None else entry.param.grad).dtype
-
-
-def num_chunks(entries: Sequence[Entry], chunk: int) -> int:
-    """In how many pieces of at most so many elements their tensors come."""
-    return sum(-(as_real(entry.param.detach()).numel() // -chunk) for entry in entries)
-
-
-class Kernels(ABC):
-    """The norm and the update of one table, ready to be launched on the current stream, whose handle is given.
-
-    Arguments are those of the kernels, by name; tensors stand for their addresses.
-    """
-
-    chunk: int  # elements of one tensor that a program takes before it looks for more
-    norm_programs: int  # how many programs run, at least one
-    tables: Mapping[str, torch.Tensor]  # what they take beside the tables that all do, on the host
-
-    @abstractmethod
-    def norm(self, arguments: dict[str, Any], stream: int) -> None: ...
-
-    def prepare_update(self, arguments: dict[str, Any]) -> None:  # noqa: B027  most have nothing to do
-        """What can fail before the first launch does, so that nothing is written then."""
-
-    @abstractmethod
-    def update(self, arguments: dict[str, Any], stream: int) -> None: ...
 
 
 class Bucket(ABC):
     """Entries on one device, in one table for each key."""
 
-    is_asynchronous = True
+    is_asynchronous = is_capturable = True
 
-    def __init__(self, rule: Rule, entries: Sequence[Entry]):
+    def __init__(self, rule: Rule, entries: Sequence[Entry], is_alone: bool):
         self.entries = list(entries)
         self.has_launched = False
-        self._params = [entry.param for entry in self.entries]
+        self._params = [entry.param.tensor for entry in self.entries]
+        self._handed = handed(self.entries)
         self._rule = rule
         # Idle parameters, which are only watched, may be elsewhere.
-        self.device = next((entry for entry in self.entries if not entry.is_idle), self.entries[0]).param.device
+        self.device = next((entry for entry in self.entries if not entry.is_idle), self.entries[0]).param.tensor.device
         self._watch = table_of(self.entries, is_host=self.device.type == "cpu") if _C else None
         self._is_used = False  # nothing watches without the extension: then good for one step
         self._is_captured = False  # what was uploaded since the last step is there only when a graph is replayed
@@ -98,8 +58,7 @@ class Bucket(ABC):
         for position, entry in enumerate(entry for entry in self.entries if not entry.is_idle):
             tables.setdefault(self.key(entry), []).append((position, entry))
         self._tables = [
-            _Table(of_table, self.kernels([entry for _, entry in of_table]), rule.num_sums)
-            for of_table in tables.values()
+            Table(of_table, self.kernels([entry for _, entry in of_table]), rule) for of_table in tables.values()
         ]
 
         num_hyper = (max(entry.group for entry in self.entries) + 1) * (len(rule.hyper) + 1)
@@ -120,8 +79,9 @@ class Bucket(ABC):
     # ---- what a step needs on the device -----------------------------------------------------------------------
 
     def refresh(self) -> bool:
+        grads = [entry.handed_grad for entry in self._handed] if self._handed else []  # a call less in most steps
         if self._is_used or (
-            self._watch is not None and not self._watch.refresh(torch.get_num_threads(), may_move=False)
+            self._watch is not None and not self._watch.refresh(torch.get_num_threads(), False, grads)
         ):
             return False
         with self._on_device():
@@ -166,7 +126,7 @@ class Bucket(ABC):
         """int64, of the entries that are not idle; 0: no gradient, 1: one without elements."""
         if self._watch is not None:
             return self._watch.grad_addresses()
-        grads = [entry.param.grad for entry in self.entries if not entry.is_idle]
+        grads = [entry.grad for entry in self.entries if not entry.is_idle]
         return struct.pack(f"{len(grads)}q", *(0 if grad is None else grad.data_ptr() or 1 for grad in grads))
 
     @property
@@ -285,7 +245,6 @@ class Bucket(ABC):
         self,
         scalars: Sequence[Sequence[float]],
         grad_coefs: Sequence[float],
-        from_source: bool = False,
         control: torch.Tensor | None = None,
         grad_scale: float | torch.Tensor = 1.0,
         found_inf: float | torch.Tensor = 0.0,
@@ -302,7 +261,6 @@ class Bucket(ABC):
                 hyper=self._hyper, control=self._unclipped() if control is None else control,
                 grad_scale=self._constant(grad_scale, torch.float32),
                 found_inf=self._constant(found_inf, torch.float32), skips_nonfinite=int(skips_nonfinite),
-                from_source=int(from_source),
                 skipped=self._constant(0, torch.int64) if skipped is None else skipped,  # not written to if None
                 ticket=self._ticket,
             )  # fmt: skip
@@ -316,12 +274,12 @@ class Bucket(ABC):
                     table.kernels.prepare_update(arguments)
                 launches.append((table, arguments))
             if self._watch is not None:
-                written = with_gradient(self._watch, self._params)
+                written = self._watch.with_gradient(self._params)
             else:
-                written = [param for param in self._params if param.grad is not None]
+                written = [entry.param.tensor for entry in self.entries if entry.grad is not None]
         return lambda: self._launch_all(launches, written)
 
-    def _launch_all(self, launches: list[tuple[_Table, dict[str, Any]]], written: list[torch.Tensor]) -> None:
+    def _launch_all(self, launches: list[tuple[Table, dict[str, Any]]], written: list[torch.Tensor]) -> None:
         # One launch is made or not made; what is more than one thing to do, no Ctrl-C may divide.
         is_one = len(launches) == 1 and not launches[0][0].has_copies
         with self._on_device(), _NOTHING if is_one else uninterrupted():
@@ -357,111 +315,3 @@ class Bucket(ABC):
             self._hyper_seen = rows
         for row, column, value in there:
             self._hyper[row, column].copy_(value.detach().reshape(()), non_blocking=True)
-
-
-class _Table:
-    """Entries that are launched together, as the kernels see them.
-
-    Args:
-        entries: each with its position among the bucket's entries that are not idle.
-    """
-
-    def __init__(self, entries: list[tuple[int, Entry]], kernels: Kernels, num_sums: int):
-        self.kernels = kernels
-        self._num_sums = num_sums
-        self._positions = torch.tensor([position for position, _ in entries], device="cpu")
-        self._entries = [entry for _, entry in entries]
-        self._strided = [(index, entry) for index, entry in enumerate(self._entries) if entry.is_strided]
-        self._staged: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []  # slot, entry, tensor, copy
-        # Of both kernels, and what only the update takes beside them; by name.
-        self.arguments: dict[str, Any] = {}
-        self.update_arguments: dict[str, Any] = {}
-
-    # ---- tensors of which not all have their elements in the same order ----------------------------------------
-
-    def stage(self, upload: Upload) -> bool:
-        """Copies the tensors that do not have their elements in the parameter's order. False: there are none."""
-        self._staged = self._copies() if self._strided else []
-        if self._staged:
-            self.upload_addresses(upload)
-        return bool(self._staged)
-
-    @torch.no_grad()
-    def _copies(self) -> list[tuple[int, int, torch.Tensor, torch.Tensor]]:
-        copies = []
-        for index, entry in self._strided:
-            if entry.param.grad is None or entry.param.numel() == 0:  # a copy of nothing has no address
-                continue
-            param = as_real(entry.param.detach())
-            others = enumerate([*entry.states, None, None, entry.source], 1)
-            for slot, tensor in [(GRAD, entry.param.grad), (0, entry.param.detach()), *others]:
-                if tensor is not None:
-                    tensor = as_real(tensor)
-                    copy = torch.empty_like(param, dtype=tensor.dtype)  # dense; in the parameter's order if that is too
-                    if copy.stride() != tensor.stride():
-                        copies.append((slot, index, tensor, copy.copy_(tensor)))
-        return copies
-
-    @property
-    def has_copies(self) -> bool:
-        """Whether there is something to write back."""
-        return bool(self._staged)
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Brings what an update wrote into copies to where it belongs."""
-        for slot, index, tensor, copy in self._staged:
-            if slot != GRAD and tensor is not self._entries[index].source:
-                tensor.copy_(copy)
-
-    def unstage(self) -> None:
-        """Lets go of the copies."""
-        self._staged = []
-
-    # ---- tables ------------------------------------------------------------------------------------------------
-
-    def upload_chunks(self, upload: Upload, device: torch.device) -> None:
-        """The tables that stay as they are."""
-        chunk = self.kernels.chunk
-        numel = torch.tensor([as_real(entry.param.detach()).numel() for entry in self._entries], device="cpu")
-        counts = (numel + chunk - 1) // chunk
-        entry_of = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32, device="cpu"), counts)
-        first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        index_of = (torch.arange(len(entry_of), device="cpu") - first).to(torch.int32)
-        group_of = torch.tensor([entry.group for entry in self._entries], dtype=torch.int32, device="cpu")
-        tables = {"entry_of": entry_of, "index_of": index_of, "numel": numel, **self.kernels.tables}
-        self.arguments = {name: upload(table) for name, table in tables.items()}
-        self.arguments["num_chunks"] = len(entry_of)
-        self.update_arguments = {"group_of": upload(group_of), "num_entries": len(self._entries)}
-        if self._num_sums:
-            self.update_arguments["num_sums"] = self._num_sums
-            first_chunk = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-            self.update_arguments["first_chunk"] = upload(first_chunk)
-            for name, size in (("partial_sums", len(entry_of)), ("sums", len(self._entries))):
-                self.update_arguments[name] = torch.zeros((self._num_sums, size), dtype=torch.float64, device=device)
-
-    def upload_addresses(self, upload: Upload) -> None:
-        """Where parameters, states and scalars lie."""
-        rows = [[entry.param, *entry.states, entry.step, entry.extra, entry.source] for entry in self._entries]
-        addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows]
-        addresses = torch.tensor(addresses, dtype=torch.int64, device="cpu").t().contiguous()
-        for slot, index, _, copy in self._staged:
-            if slot != GRAD:
-                addresses[slot, index] = copy.data_ptr()
-        self.update_arguments["addresses"] = upload(addresses)
-        self._param_addresses = addresses[0]
-
-    def weights(self, upload: Upload, is_weighted: Sequence[bool]) -> torch.Tensor:
-        """What gradients are multiplied with for the norm: the parameter's address where the group is weighted, else 0."""
-        mask = torch.tensor([is_weighted[entry.group] for entry in self._entries], device="cpu")
-        return upload(torch.where(mask, self._param_addresses, 0))
-
-    def upload_grads(self, upload: Upload, addresses: bytes) -> None:
-        """Where the gradients of this step lie."""
-        grads = torch.frombuffer(bytearray(addresses), dtype=torch.int64)
-        if len(self._positions) < len(grads):  # else it has all
-            grads = grads[self._positions]
-        for slot, index, _, copy in self._staged:
-            if slot == GRAD:
-                grads[index] = copy.data_ptr()
-        self.arguments["grads"] = upload(grads)

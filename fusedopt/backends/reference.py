@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from fusedopt import reference
-from fusedopt.rules import BETAS, Rule
-
-if TYPE_CHECKING:
-    from fusedopt.plan import Entry
-
+from fusedopt.entry import Entry
+from fusedopt.formats import FORMATS, random_bits
+from fusedopt.layout import as_real
+from fusedopt.ranges import BETAS
+from fusedopt.rules import Rule
 
 SCALARS_ON_DEVICE = False
 
@@ -28,15 +27,15 @@ def supports(device: torch.device, is_asked_for: bool = False) -> bool:
     return True
 
 
-def as_real(tensor: torch.Tensor) -> torch.Tensor:
-    """A complex tensor as the pairs of reals it is made of, in the same memory; any other as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def formats() -> frozenset[str]:
+    """Names of the storage formats that it has codecs for: all."""
+    return frozenset(FORMATS)
 
 
 def first_nonfinite(entries: Sequence[Entry]) -> int:
     """Index of the first entry whose gradient holds NaN or infinity; -1: none does."""
     for i, entry in enumerate(entries):
-        if entry.param.grad is not None and not entry.param.grad.isfinite().all():
+        if entry.grad is not None and not entry.grad.isfinite().all():
             return i
     return -1
 
@@ -49,12 +48,14 @@ def _write(values: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 class Bucket:
-    """Entries on one device, updated by the reference functions in the dtype of their states."""
+    """Entries on one device, updated by the reference functions in the dtype that each entry computes in."""
 
     is_asynchronous = is_capturing = False
+    is_capturable = True
 
-    def __init__(self, rule: Rule, entries: Sequence[Entry]):
+    def __init__(self, rule: Rule, entries: Sequence[Entry], is_alone: bool):
         self.entries = list(entries)
+        self.device = self.entries[0].param.tensor.device
         self._rule = rule
         self._update = getattr(reference, rule.name)
         self._is_used = False
@@ -66,58 +67,57 @@ class Bucket:
         self._is_used = True
 
     def _active(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.param.grad is not None]
+        return [entry for entry in self.entries if entry.grad is not None]
 
     def grad_norm(self, is_weighted: Sequence[bool]) -> float:
         active = self._active()
-        grads = [as_real(entry.param.grad) for entry in active]
+        grads = [as_real(entry.grad) for entry in active]
         for i, entry in enumerate(active):
             if is_weighted[entry.group]:
                 grad = grads[i].double()
-                grads[i] = torch.where(grad == 0, 0.0, as_real(entry.param.detach()).double() * grad)
+                grads[i] = torch.where(grad == 0, 0.0, entry.param.decoded(torch.float64) * grad)
         return float(reference.total_norm(grads))
 
     def first_nonfinite(self) -> int:
         return first_nonfinite(self.entries)
 
     @torch.no_grad()
-    def prepare(
-        self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float], from_source: bool = False
-    ) -> Callable[[], None]:
-        new_values = [
-            self._computed(entry, scalars[entry.group], grad_coefs[entry.group], from_source)
-            for entry in self._active()
-        ]
+    def prepare(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> Callable[[], None]:
+        new_values = [self._computed(entry, scalars[entry.group], grad_coefs[entry.group]) for entry in self._active()]
         written = [*itertools.chain.from_iterable(new_values)]
         return lambda: _write(written)
 
     def _computed(
-        self, entry: Entry, scalars: Sequence[float], grad_coef: float, from_source: bool
+        self, entry: Entry, scalars: Sequence[float], grad_coef: float
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Every tensor that the update of one parameter writes, with its new value."""
-        param, states = as_real(entry.param), zip(self._rule.states, entry.states, strict=True)
-        written = {state.name: as_real(tensor) for state, tensor in states if tensor is not None}
-        keywords = self._keywords(scalars, written, param.shape)
-        if entry.extra is not None:
-            written[self._rule.extra] = entry.extra
-        step, dtype = entry.step + 1, entry.compute_dtype
-        new_state = {name: float(tensor) if tensor is entry.extra else tensor for name, tensor in written.items()}
-        grad = grad_coef * as_real(entry.param.grad).to(dtype)
-        old_param = as_real(entry.source) if from_source else param
-        new_param = self._update(old_param.to(dtype, copy=True), grad, new_state, float(step), **keywords)
-        if entry.extra is not None:
-            new_state[self._rule.extra] = torch.tensor(new_state[self._rule.extra], dtype=torch.float64)
-        return [(entry.step, step), (param, new_param), *((written[name], new_state[name]) for name in written)]
+        dtype, step = entry.compute_dtype, entry.step + 1
+        states = {slot.role: slot for slot in entry.states if slot is not None}
+        values: dict = {role: slot.decoded(dtype) for role, slot in states.items()}
+        keywords = self._keywords(scalars, states.keys(), values, entry)
+        values |= {slot.role: float(slot.tensor) for slot in entry.scalars[1:]}
+        grad = grad_coef * as_real(entry.grad).to(dtype)
+        param = entry.source.decoded(dtype)
+        new_param = self._update(param.clone(), grad, values, float(step), **keywords)
+        written = [(entry.step, step)]
+        for slot, new in [(entry.param, new_param), *((slot, values[role]) for role, slot in states.items())]:
+            takes_random = slot.format.takes_random
+            random = random_bits(entry.seed, int(step), new.numel()).to(new.device) if takes_random else None
+            written += slot.encoded(new, random)
+        for slot in entry.scalars[1:]:
+            written.append((slot.tensor, torch.tensor(values[slot.role], dtype=torch.float64)))
+        return written
 
-    def _keywords(self, scalars: Sequence[float], tensors: dict[str, torch.Tensor], shape: torch.Size) -> dict:
+    def _keywords(self, scalars: Sequence[float], roles: Iterable[str], values: dict, entry: Entry) -> dict:
         """The reference function's options: the scalars, whether each optional state is there, and if it is one of rows."""
         keywords = dict(zip(self._rule.hyper, scalars, strict=True))
         betas = tuple(keywords.pop(name) for name in BETAS if name in keywords)
         if betas:
             keywords["betas"] = betas
+        shape = as_real(entry.param.tensor).shape
         for state in self._rule.states:
             if state.option is not None and state.option not in keywords:
-                keywords[state.option] = state.name in tensors
+                keywords[state.option] = state.name in roles
             if state.per_row is not None:
-                keywords[state.per_row] = tensors[state.name].shape != shape
+                keywords[state.per_row] = values[state.name].shape != shape
         return keywords

@@ -9,16 +9,13 @@ import functools
 import os
 import re
 from collections.abc import Hashable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fusedopt.backends import device
-from fusedopt.backends.reference import as_real
-
-if TYPE_CHECKING:
-    from fusedopt.plan import Entry
-    from fusedopt.rules import Rule
+from fusedopt.backends import device, tables
+from fusedopt.entry import Entry
+from fusedopt.rules import Rule
 
 SCALARS_ON_DEVICE = True
 OLDEST = (3, 6)  # version of Triton: the kernels pass tuples
@@ -27,6 +24,13 @@ OLDEST = (3, 6)  # version of Triton: the kernels pass tuples
 def is_interpreted() -> bool:
     """Whether Triton runs kernels on the host."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def constant(format: Any) -> Any:
+    """A row of `kernels.storage.FORMATS` as a kernel takes it: before Triton 3.9 the compiler looks into a tuple for types."""
+    import triton.language as tl
+
+    return format if is_interpreted() else tl.constexpr(format)
 
 
 @functools.cache
@@ -39,7 +43,7 @@ def _load() -> tuple[Any, str | None]:
         if found < OLDEST:
             return None, f"Triton {triton.__version__} is older than {OLDEST[0]}.{OLDEST[1]}"
         from fusedopt import kernels
-        from fusedopt.kernels import engine, rules  # noqa: F401
+        from fusedopt.kernels import engine, rules, storage  # noqa: F401
     except Exception as error:  # whatever it is, other backends must go on
         return None, f"Triton cannot be imported: {' '.join(str(error).split())}"
     return kernels, None
@@ -57,60 +61,64 @@ def unavailable(where: torch.device | None = None) -> str | None:
     return _load()[1]
 
 
+def formats() -> frozenset[str]:
+    """Names of the storage formats that the kernels have codecs for."""
+    kernels = _load()[0]
+    return frozenset() if kernels is None else frozenset(kernels.storage.FORMATS)
+
+
 def supports(where: torch.device, is_asked_for: bool = False) -> bool:
     """Whether they take tensors of that device; in the interpreter only for who asks for it."""
     return is_asked_for and where.type == "cpu" if is_interpreted() else where.type == "cuda"
 
 
 class Bucket(device.Bucket):
-    """Entries in one table for each combination of kernel and dtypes."""
+    """Entries in one table for each combination of kernel and formats."""
 
     def key(self, entry: Entry) -> Hashable:
-        return entry.variant, entry.param.dtype, device.grad_dtype(entry)
+        stored = [slot and slot.format.name for slot in (*entry.slots, *entry.scalars)]
+        return entry.variant, tables.grad_format(entry).name, *stored
 
-    def kernels(self, entries: list[Entry]) -> device.Kernels:
-        return Kernels(self._rule, entries)
+    def kernels(self, entries: list[Entry]) -> tables.Kernels:
+        return Kernels(self._rule, entries[0], tables.num_chunks(entries, _load()[0].engine.CHUNK))
 
 
-class Kernels(device.Kernels):
-    """Compiled at the first launch for a rule, the states it keeps, and dtypes."""
+class Kernels(tables.Kernels):
+    """Compiled at the first launch for a rule, the states it keeps, and formats: those of an entry, which all others share."""
 
     tables: dict[str, torch.Tensor] = {}  # noqa: RUF012
 
-    def __init__(self, rule: Rule, entries: list[Entry]):
+    def __init__(self, rule: Rule, entry: Entry, num_chunks: int):
         import triton.language as tl
 
-        names = {
-            torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
-        }  # fmt: skip
         kernels = _load()[0]
-        first = entries[0]
-        param, grad = as_real(first.param.detach()).dtype, device.grad_dtype(first)
-        processors, *machine = _machine(first.param.device)
-        self._engine = kernels.engine
-        self.chunk = self._engine.CHUNK
-        wanted = min(device.num_chunks(entries, self.chunk), processors * self._engine.PROGRAMS_PER_PROCESSOR)
+        self._engine = engine = kernels.engine
+        self.chunk = engine.CHUNK
+        processors, *machine = _machine(entry.param.tensor.device)
+        wanted = min(num_chunks, processors * engine.PROGRAMS_PER_PROCESSOR)
         self.norm_programs = self._update_programs = max(wanted, 1)
-        stores = tuple(state is not None for state in first.states)
-        itemsizes = (param.itemsize, grad.itemsize, *[first.compute_dtype.itemsize] * max(sum(stores), 1))
-        launch_options = self._engine.launch_options
-        self._norm_options = dict(
-            GRAD_DTYPE=names[grad], **launch_options(self._engine.global_norm, itemsizes[1:2], *machine)
-        )
+        known = kernels.storage.FORMATS
+        grad, slots = known[tables.grad_format(entry).name], [slot and known[slot.format.name] for slot in entry.slots]
+        written = [slot.format.dtype for slot in (entry.param, *entry.states) if slot is not None]
+        itemsizes = [dtype.itemsize for dtype in (*written, tables.grad_format(entry).dtype)]
+        self._norm_options = {
+            "GRAD": constant(grad),
+            **engine.launch_options(engine.global_norm, itemsizes[-1:], *machine),
+        }
+        self._param = constant(slots[tables.PARAM])
         of_rule = {
             name.upper(): getattr(kernels.rules, f"{name}_{rule.name}", None)
             for name in ("prepare", "measure", "adapt")
         }
         self._options = dict(
-            **of_rule, UPDATE=getattr(kernels.rules, rule.name), NUM_SUMS=rule.num_sums,
-            STORES=stores,
-            NUM_HYPER=len(rule.hyper), HAS_EXTRA=rule.extra is not None,
-            PARAM_DTYPE=names[param], GRAD_DTYPE=names[grad], DTYPE=names[first.compute_dtype],
-            **launch_options(self._engine.update, itemsizes, *machine),
+            **of_rule, UPDATE=getattr(kernels.rules, rule.name), NUM_SUMS=rule.num_sums, NUM_HYPER=len(rule.hyper),
+            STORES=tuple(state is not None for state in entry.states), FORMATS=tuple(map(constant, slots)),
+            GRAD=constant(grad), SCALARS=tuple(known[scalar.format.name].dtype for scalar in entry.scalars),
+            DTYPE=tl.float64 if entry.compute_dtype == torch.float64 else tl.float32,
+            **engine.launch_options(engine.update, itemsizes, *machine),
         )  # fmt: skip
-        self._param_dtype = names[param]
-        before = [self._engine.measure, self._engine.add_up] if rule.num_sums else []
-        self._update_kernels = [*before, self._engine.update]
+        before = [engine.measure, engine.add_up] if rule.num_sums else []
+        self._update_kernels = [*before, engine.update]
 
     def norm(self, arguments: dict[str, Any], stream: int) -> None:
         arguments = dict(arguments)
@@ -120,13 +128,13 @@ class Kernels(device.Kernels):
         if not is_weighted:
             arguments["weights"] = None
         self._engine.global_norm[(self.norm_programs,)](
-            **arguments, IS_FINAL=is_final, NUM_PARTIALS=num_partials,
-            PARAM_DTYPE=self._param_dtype if is_weighted else None, **self._norm_options,
+            **arguments, IS_FINAL=is_final, NUM_PARTIALS=num_partials, PARAM=self._param if is_weighted else None,
+            **self._norm_options,
         )  # fmt: skip
 
     def _launches(self, arguments: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
         """The kernels of an update, in order, with what each of them takes."""
-        values = {"sums": None, **arguments, **self._options, "FROM_SOURCE": bool(arguments["from_source"])}
+        values = {"sums": None, **arguments, **self._options}
         for kernel in self._update_kernels:
             taken = {*kernel.arg_names, "num_warps", "enable_fp_fusion", "maxnreg"}
             yield kernel, {name: value for name, value in values.items() if name in taken}

@@ -20,6 +20,7 @@
 #define __shared__ static  // one block runs at a time
 #define __builtin_assume(condition)
 #define __isGlobal(pointer) true
+#define __trap() __builtin_trap()
 
 struct dim3 {
   unsigned x, y = 1, z = 1;
@@ -88,6 +89,11 @@ template <class T>
 T __shfl_down_sync(unsigned mask, T value, int distance) {
   const int lane = int(simt::thread_index.x) % simt::warp, source = lane + distance;
   return __shfl_sync(mask, value, source < simt::warp ? source : lane);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return __shfl_sync(mask, value, (int(simt::thread_index.x) % simt::warp) ^ lanes);
 }
 
 inline int32_t atomicAdd(int32_t* address, int32_t value) {

@@ -11,32 +11,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fusedopt import reference
-from fusedopt.backends.reference import as_real
+from fusedopt.entry import Entry, Slot
 from fusedopt.extension import _C
+from fusedopt.formats import plain_format
 from fusedopt.interrupts import uninterrupted
+from fusedopt.layout import as_real
 from fusedopt.rules import Rule
-from fusedopt.types import Sparse
-
-if TYPE_CHECKING:
-    from fusedopt.plan import Entry
-
-MODES: tuple[Sparse | None, ...] = (None, "lazy")
-
-
-def check_mode(value: Sparse | None) -> Sparse | None:
-    """The same value.
-
-    Raises:
-        ValueError: none of `MODES`.
-    """
-    if not any(value is mode or (isinstance(value, str) and value == mode) for mode in MODES):
-        raise ValueError(f"sparse must be None or 'lazy', got {value!r}")
-    return value
 
 
 def is_sparse(grad: torch.Tensor | None) -> bool:
@@ -64,12 +49,12 @@ class Touched:
     @property
     def num_sparse(self) -> int:
         """How many of the parameter's dimensions choose the row."""
-        return self.entry.param.dim() + 1 - self.values.dim()
+        return self.entry.param.tensor.dim() + 1 - self.values.dim()
 
     @property
     def sparse_shape(self) -> tuple[int, ...]:
         """The sizes of these."""
-        return tuple(self.entry.param.shape[: self.num_sparse])
+        return tuple(self.entry.param.tensor.shape[: self.num_sparse])
 
 
 def touched_by(entry: Entry, grad: torch.Tensor) -> Touched:
@@ -88,15 +73,15 @@ class Bucket:
         backend: who updates the rows: by its `Rows` where it has that, else staged.
     """
 
-    is_asynchronous = False
+    is_asynchronous = is_capturable = False
 
-    def __init__(self, rule: Rule, entries: Sequence[Entry], backend: ModuleType):
+    def __init__(self, backend: ModuleType, rule: Rule, entries: Sequence[Entry], is_alone: bool):
         self.entries = list(entries)
         planned = [entry for entry in self.entries if not entry.is_idle]
-        self.device = planned[0].param.device  # idle parameters, which are only watched, may be elsewhere
+        self.device = planned[0].param.tensor.device  # idle parameters, which are only watched, may be elsewhere
         self._rule = rule
         self._backend = backend
-        self._seen = [None if entry.is_idle else (_seen(entry), _kind(entry.param.grad)) for entry in self.entries]
+        self._seen = [None if entry.is_idle else (_seen(entry), _kind(entry.grad)) for entry in self.entries]
         self._written = {tensor.untyped_storage().data_ptr() for entry in planned for tensor in _tensors(entry)}
         self._rows: Any = None
         self._active: list[int] = []  # positions in entries, of those that have a gradient
@@ -113,7 +98,7 @@ class Bucket:
         rows = getattr(self._backend, "Rows", None)
         touched, self._active = [], []
         for position, (entry, seen) in enumerate(zip(self.entries, self._seen, strict=True)):
-            grad = entry.param.grad
+            grad = entry.grad
             if seen is None and grad is None:
                 continue
             if seen is None or _seen(entry) != seen[0] or (entry.step.is_cpu and not float(entry.step) >= 0):
@@ -153,9 +138,7 @@ class Bucket:
         index = self._rows.first_nonfinite()
         return index if index < 0 else self._active[index]
 
-    def prepare(
-        self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float], from_source: bool = False
-    ) -> Callable[[], None]:
+    def prepare(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> Callable[[], None]:
         return self._rows.prepare(scalars, grad_coefs)
 
 
@@ -174,11 +157,12 @@ class Staged:
         self._grads: list[torch.Tensor] = []
         for part in touched:
             shape = part.sparse_shape or (1,)
-            tensors = [part.entry.param.detach(), *part.entry.states]
+            slots = [part.entry.param, *part.entry.states]
+            tensors = [None if slot is None else slot.tensor.detach() for slot in slots]
             if not part.sparse_shape:
                 tensors = [None if tensor is None else tensor.unsqueeze(0) for tensor in tensors]
             size = (math.prod(shape), *part.values.shape[1:])
-            values = part.values.to(part.entry.state_dtype)
+            values = part.values.to(_computed_in(part.entry))
             # Without duplicates only then, whatever the gradient says of itself.
             summed = torch.sparse_coo_tensor(part.keys[None], values, size, check_invariants=False).coalesce()
             self._targets.append(tensors)
@@ -197,13 +181,17 @@ class Staged:
         entries = []
         for entry, tensors, index, grad in zip(self._entries, self._targets, self._index, self._grads, strict=True):
             param, *states = [None if tensor is None else tensor[index] for tensor in tensors]
-            param = param.to(entry.state_dtype)
-            param.grad = grad
-            step, extra = (None if scalar is None else scalar.clone() for scalar in (entry.step, entry.extra))
-            entries.append(replace(entry, param=param, states=states, step=step, extra=extra, is_strided=False))
+            param = Slot("param", param.to(_computed_in(entry)), plain_format(_computed_in(entry)))
+            states = [
+                None if slot is None else replace(slot, tensor=rows)
+                for slot, rows in zip(entry.states, states, strict=True)
+            ]
+            scalars_of_rows = [replace(slot, tensor=slot.tensor.clone()) for slot in entry.scalars]
+            slots = dict(param=param, source=param, states=states, scalars=scalars_of_rows)
+            entries.append(replace(entry, **slots, handed_grad=grad, is_grad_handed=True, is_strided=False))
         if not entries:
             return lambda: None
-        bucket = self._bucket(self._rule, entries)
+        bucket = self._bucket(self._rule, entries, is_alone=False)
         bucket.refresh()
         return functools.partial(self._write, entries, bucket.prepare(scalars, grad_coefs), bucket)
 
@@ -212,19 +200,23 @@ class Staged:
         with uninterrupted():
             write()
             for entry, tensors, index in zip(entries, self._targets, self._index, strict=True):
-                for tensor, rows in zip(tensors, [entry.param, *entry.states], strict=True):
+                for tensor, slot in zip(tensors, [entry.param, *entry.states], strict=True):
                     if tensor is not None:
-                        tensor.index_put_(index, rows.to(tensor.dtype))
+                        tensor.index_put_(index, slot.tensor.to(tensor.dtype))
             for entry, staged in zip(self._entries, entries, strict=True):  # last, as this can hardly fail
-                entry.step.copy_(staged.step)
-                if entry.extra is not None:
-                    entry.extra.copy_(staged.extra)
+                for slot, advanced in zip(entry.scalars, staged.scalars, strict=True):
+                    slot.tensor.copy_(advanced.tensor)
         bucket.release()
 
 
 def _tensors(entry: Entry) -> list[torch.Tensor]:
     """What an update writes rows of."""
-    return [entry.param.detach(), *(state for state in entry.states if state is not None)]
+    return [slot.tensor.detach() for slot in (entry.param, *entry.states) if slot is not None]
+
+
+def _computed_in(entry: Entry) -> torch.dtype:
+    """The dtype in which an entry's update computes, the complex one for complex parameters."""
+    return entry.compute_dtype.to_complex() if entry.param.tensor.is_complex() else entry.compute_dtype
 
 
 def _seen(entry: Entry) -> list[tuple]:
