@@ -96,7 +96,7 @@ def state_problem(
     if format is None:
         is_number = value.is_floating_point() or value.is_complex()
         is_convertible = is_number and value.is_complex() == param.is_complex()
-        expected = "complex" if param.is_complex() else "floating-point"
+        expected = "complex" if param.is_complex() else "real floating-point"
         return None if is_convertible else (TypeError, f"is {short_dtype(value)}, not {expected}")
     if value.device != param.device:
         return ValueError, f"is on {value.device}"
