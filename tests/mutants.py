@@ -59,7 +59,9 @@ class Mutant:
         place = folder / self.file
         # os.walk does not follow links: an in-place build links fusedopt/kernels to kernels.
         below = [Path(parent, name) for parent, _, names in os.walk(place) for name in names]
-        files = [path for path in below if path.suffix in SOURCE_SUFFIXES] if place.is_dir() else [place]
+        files = (
+            [path for path in below if path.suffix in SOURCE_SUFFIXES] if place.is_dir() else [place] * place.is_file()
+        )
         found = [path for path in files for _ in range(path.read_text().count(self.old))]
         if len(found) != 1:
             raise ListError(f"the code moved on, update the mutant: {self.file} has {self.old!r} {len(found)} times")

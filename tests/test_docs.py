@@ -93,7 +93,7 @@ def test_mutant_finds_its_text_in_any_source_of_a_folder(tmp_path):
     assert (tmp_path / "csrc/cpu/b.cpp").read_text() == "y = 2;"
     assert Mutant("a", "csrc/a.h", "x", "", "test").find(tmp_path) == "csrc/a.h"
     assert Mutant("a", ".", "z", "", "test").find(tmp_path) == "kernels/k.py"  # not again by the link, nor the cache
-    for place, text in [("csrc", "y = 1"), ("fusedopt", "z"), ("csrc/a.h", "y")]:
+    for place, text in [("csrc", "y = 1"), ("fusedopt", "z"), ("csrc/a.h", "y"), ("csrc/gone.h", "x")]:
         with pytest.raises(ListError, match=f"{place} has '{text}' 0 times"):
             Mutant("a", place, text, "", "test").find(tmp_path)
     (tmp_path / "csrc/c.cuh").write_text("x")
