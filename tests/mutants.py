@@ -670,7 +670,8 @@ MUTANTS = [
             "Triton: squares of float32 in float32",
             "kernels",
             "values = load(grad, grad, begin, limit, GRAD, tl.float64, BLOCK, IS_WHOLE)",
-            "values = load(grad, grad, begin, limit, GRAD, tl.float32, BLOCK, IS_WHOLE)\n    values = (values * values).to(tl.float64)",
+            "values = load(grad, grad, begin, limit, GRAD, tl.float32, BLOCK, IS_WHOLE)\n"
+            "    values = (values * values).to(tl.float64)",
             "test_device.py::test_squares_of_float32_neither_overflow_nor_vanish[triton-1e+20]",
         ),
         (
@@ -2696,7 +2697,7 @@ MUTANTS = [
         (
             "options: lost where only the groups are passed on",
             "fusedopt",
-            "self.defaults.update(taken)",
+            "self.defaults.update(copied)",
             "pass",
             "test_drop_in.py::test_rebuilt_optimizer_clips_and_skips_as_the_first[cpu-AdamW-rebuilt_from_groups]",
         ),

@@ -1059,8 +1059,10 @@ def test_cpp_table_takes_the_formats_that_it_has_loops_for_and_no_others(is_stri
     for names in itertools.product(_C.formats, repeat=4):
         is_double = [name == "float64" for name in names]
         numbers = zip((3.0, 1.0, 1.0, 2.0), names, strict=True)
-        tensors = [torch.full((4, 1 + is_strided), number, dtype=getattr(torch, name))[:, 0] for number, name in numbers]
-        source, param, state, grad = tensors
+        tensors = [
+            torch.full((4, 1 + is_strided), number, dtype=getattr(torch, name))[:, 0] for number, name in numbers
+        ]
+        _, param, state, grad = tensors
         slots = [(tensor, _C.formats[name][0], None) for tensor, name in zip(tensors[:3], names, strict=False)]
         table, count = _C.Bucket(True), torch.zeros(())
         arguments = (param, grad, slots, [count], _C.rules["lion"][0], 0, 0, is_strided, True)
