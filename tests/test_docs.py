@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import BACKENDS
 from mutants import MUTANTS, ListError, Mutant
 from test_build import copy_project
 
@@ -101,15 +102,15 @@ def test_mutant_finds_its_text_in_any_source_of_a_folder(tmp_path):
         Mutant("a", "csrc", "x", "", "test").find(tmp_path)
 
 
-def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
-    """Applies CONTRIBUTING.md to a copy of the project, builds it there, and runs the new rule's tests."""
+def test_the_page_on_adding_an_optimizer_and_a_format_adds_them(tmp_path):
+    """Applies CONTRIBUTING.md to a copy of the project, builds it there, and runs the tests of the new rule and format."""
     copy = copy_project(tmp_path / "copy")
     page = (ROOT / "CONTRIBUTING.md").read_text()
     steps = re.findall(
         r"^<!-- (new file|insert into) (\S+)(?: before: (.*?))? -->\n```\w+\n(.*?)^```", page, re.M | re.S
     )
     assert sum(kind == "new file" for kind, *_ in steps) == 2
-    assert len({path for kind, path, *_ in steps if kind == "insert into"}) == 6
+    assert len({path for kind, path, *_ in steps if kind == "insert into"}) == 6 + 3
     for kind, path, anchor, block in steps:
         target = copy / path
         if kind == "new file":
@@ -132,3 +133,5 @@ def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
     output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", names)
     assert int(re.search(r"(\d+) passed", output).group(1)) > 60
     assert "struct EmaSGD" in run("-m", "fusedopt", "show", "EmaSGD")
+    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_formats.py", "-k", "int8_block", "-rs")
+    assert int(re.search(r"(\d+) passed", output).group(1)) == len(BACKENDS) + 1, output  # and its reference codec alone
