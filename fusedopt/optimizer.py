@@ -90,16 +90,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Copies the options of the optimizer whose groups these are, where none were given."""
         if groups.rule is not self.rule:
             return
-        taken = {
+        copied = {
             name: groups.defaults[name]
             for name, default in self._whole_options.items()
             if name in self.defaults and self.defaults[name] == default != groups.defaults.get(name, default)
         }
-        self.defaults.update(taken)
-        if taken:
-            listed = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+        self.defaults.update(copied)
+        if copied:
+            text = ", ".join(f"{name}={value!r}" for name, value in copied.items())
             warn(
-                f"{type(self).__name__}: copied {listed} from the optimizer that these param_groups belong to; "
+                f"{type(self).__name__}: copied {text} from the optimizer that these param_groups belong to; "
                 "set the attribute of that name to change it"
             )
 

@@ -109,9 +109,10 @@ def store(
     if FORMAT.per_aux > 0:
         aux_pointer = aux_address.to(tl.pointer_type(FORMAT.aux_dtype))
     if FORMAT.per_aux > 1:
-        magnitudes = tl.reshape(tl.where(offsets < limit, tl.abs(values), 0), (BLOCK // FORMAT.per_aux, FORMAT.per_aux))
-        has_nan = tl.max((magnitudes != magnitudes).to(tl.int32), 1) != 0  # which `tl.max` may leave out
-        aux = _aux_of(tl.where(has_nan, float("nan"), tl.max(magnitudes, 1)), FORMAT)
+        # As integers, magnitudes have the same order, with NaN last, which a maximum of floats may leave out.
+        magnitudes = tl.where(offsets < limit, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+        largest = tl.max(tl.reshape(magnitudes, (BLOCK // FORMAT.per_aux, FORMAT.per_aux)), 1)
+        aux = _aux_of(largest.to(tl.float32, bitcast=True), FORMAT)
         blocks = begin // FORMAT.per_aux + tl.arange(0, BLOCK // FORMAT.per_aux)
         tl.store(aux_pointer + blocks, aux, mask=blocks * FORMAT.per_aux < limit)
         aux = tl.reshape(tl.broadcast_to(aux[:, None], (BLOCK // FORMAT.per_aux, FORMAT.per_aux)), (BLOCK,))

@@ -232,22 +232,23 @@ class Part {
     __builtin_memcpy(&aux_[i], &aux, sizeof(aux));
   }
 
-  // From the largest magnitude of each block, NaN if it has one. Elements past the end do not count.
+  // From the largest magnitude of each block, NaN if it has one: as integers, magnitudes have the same order, with NaN last.
+  // Elements past the end do not count.
   template <class Codec>
   FO_DEVICE void make_aux(const Stretch<T>& stretch, int part, const T (&values)[count]) {
     constexpr int per_thread = count / num_aux<Codec>;  // elements of one block
 #pragma unroll
     for (int i = 0; i < num_aux<Codec>; ++i) {
-      T largest = 0;
+      uint32_t largest = 0;
 #pragma unroll
-      for (int k = 0; k < per_thread; ++k) {
-        if (by_vectors || i * threads < stretch.left(part)) largest = maximum(largest, std::fabs(values[i + k]));
+      for (int k = i; k < i + per_thread; ++k) {
+        if (by_vectors || k * threads < stretch.left(part)) largest = max(largest, bits_of(values[k]) & 0x7fffffff);
       }
 #pragma unroll
       for (int distance = Codec::per_aux / per_thread / 2; distance > 0; distance /= 2) {
-        largest = maximum(largest, __shfl_xor_sync(~0u, largest, distance));
+        largest = max(largest, __shfl_xor_sync(~0u, largest, distance));
       }
-      set_aux<Codec>(i, Codec::aux_of(largest));
+      set_aux<Codec>(i, Codec::aux_of(float_of(largest)));
     }
   }
 

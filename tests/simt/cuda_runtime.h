@@ -107,6 +107,7 @@ T __ldcg(const T* address) {
   return *address;
 }
 
+using std::max;
 using std::min;
 
 // ---- runtime ---------------------------------------------------------------------------------------------------
