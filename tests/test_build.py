@@ -108,6 +108,16 @@ def test_make_requires_the_extension():
     assert installs and all("FUSEDOPT_REQUIRE_CPU=1" in line for line in installs)
 
 
+def test_make_check_names_tests_that_exist():
+    command = run("make", "-n", "check").stdout
+    files = set(re.findall(r"tests/(test_\w+\.py)", command))
+    words = set(re.findall(r"[\w.-]+", re.search(r'-k "(.*?)"', command)[1])) - {"or", "and", "not", "cpu-AdamW"}
+    functions = "\n".join(
+        re.findall(r"^def (test_\w+)", "".join((ROOT / "tests" / name).read_text() for name in files), re.M)
+    )
+    assert {word for word in words if word not in functions} <= files and "cpu-AdamW" in command
+
+
 def test_compiler_without_openmp_builds_without_it(tmp_path, fake):
     compiler = fake("c++", has("-fopenmp"))
     result, wheels = build_wheel(tmp_path / "wheel", CC=compiler, CXX=compiler)
