@@ -1020,6 +1020,13 @@ MUTANTS = [
             f"{OVER_PROCESSES}[sam_comes_back]",
         ),
         (
+            "DTensor: first gradient looked for at the local tensor",
+            "fusedopt",
+            "table.add_idle(entry.owner)",
+            "table.add_idle(entry.param.tensor)",
+            f"{OVER_PROCESSES}[a_first_gradient_that_comes_late_is_noticed]",
+        ),
+        (
             "DTensor: gradients of another placement accepted",
             "fusedopt",
             "return one is two or (one.mesh == two.mesh and tuple(one.placements) == tuple(two.placements))",
@@ -1068,7 +1075,7 @@ MUTANTS = [
             "if False:",
             f"{OVER_PROCESSES}[what_does_not_fit_is_refused_by_name]",
         ),
-        # -- fusedopt/plan.py
+        # -- fusedopt/plan.py, checks.py, states.py
         (
             "group added later not planned",
             "fusedopt",
@@ -1270,6 +1277,48 @@ MUTANTS = [
             "value.numel() > 0 and overlaps_itself(local)",
             "False",
             "test_errors.py::test_step_refuses_by_name_and_changes_nothing[cpu-AdamW-expanded_state-third step-None]",
+        ),
+        (
+            "states in 16 bits go into a checkpoint as they are",
+            "fusedopt",
+            'result["state"][index] = states.decoded(self.rule, param, result["state"][index])',
+            "pass",
+            "test_formats.py::test_checkpoint_of_states_in_16_bits_holds_float32[cpu-fusedopt]",
+        ),
+        (
+            "auxiliary values of another length accepted",
+            "fusedopt",
+            "found != (format.aux_dtype, (num_aux,), entry.param.tensor.device, True)",
+            "(found[0], *found[2:]) != (format.aux_dtype, entry.param.tensor.device, True)",
+            "test_formats.py::test_auxiliary_values_that_do_not_fit_are_refused_and_missing_ones_start_anew[reference]",
+        ),
+        (
+            "format without a codec reaches the table",
+            "fusedopt",
+            "if slot.format.name not in known:",
+            "if False:",
+            "test_errors.py::test_format_that_a_backend_cannot_use_is_refused[cpu-state_dtype2-param_dtype0-False]",
+        ),
+        (
+            "format of another type than the update computes in reaches the table",
+            "fusedopt",
+            "if is_written and slot.format.compute_dtype != compute_dtype(entry.param.tensor):",
+            "if False:",
+            "test_errors.py::test_format_that_a_backend_cannot_use_is_refused[cpu-state_dtype1-param_dtype0-False]",
+        ),
+        (
+            "blocks of a strided tensor accepted",
+            "fusedopt",
+            "if is_by_place and (entry.is_strided or entry.is_sparse):",
+            "if is_by_place and entry.is_sparse:",
+            "test_formats.py::test_block_format_refuses_what_would_cut_its_blocks[reference-strided]",
+        ),
+        (
+            "blocks under a sparse gradient accepted",
+            "fusedopt",
+            "if is_by_place and (entry.is_strided or entry.is_sparse):",
+            "if is_by_place and entry.is_strided:",
+            "test_formats.py::test_block_format_refuses_what_would_cut_its_blocks[reference-sparse]",
         ),
         (
             "lazily negated gradient read as it lies",
@@ -1551,7 +1600,7 @@ MUTANTS = [
             'group.setdefault("decoupled_weight_decay", True)',
             "test_checkpoints.py::test_adamw_that_loads_adams_checkpoint_stays_decoupled",
         ),
-        # -- fusedopt/clip.py
+        # -- fusedopt/step.py, record.py, clip.py
         (
             "clip coefficient without 1e-6",
             "fusedopt",
@@ -1600,6 +1649,20 @@ MUTANTS = [
             "coef, is_finite = pending.coef / float(scale)",
             "coef, is_finite = 1 / float(scale)",
             "test_clip.py::test_clipped_steps_equal_torchs[cpu-SGD-by_method-1.0]",
+        ),
+        (
+            "limit that has changed not validated",
+            "fusedopt",
+            "if (limit, nonfinite) != record.checked or type(limit)",
+            "if type(limit)",
+            "test_clip.py::test_step_refuses_what_was_put_into_defaults[cpu-max_grad_norm--1.0-max_grad_norm must be > 0]",
+        ),
+        (
+            "refused limit taken when the step is tried again",
+            "fusedopt",
+            "        limit, nonfinite = record.checked = check_max",
+            "        record.checked = limit, nonfinite\n        limit, nonfinite = check_max",
+            "test_clip.py::test_step_refuses_what_was_put_into_defaults[cpu-max_grad_norm--1.0-max_grad_norm must be > 0]",
         ),
         (
             "second clip drops the first",
@@ -2174,6 +2237,21 @@ MUTANTS = [
             "        except BaseException:\n            self.restore()\n",
             "        except BaseException:\n",
             "test_sam.py::test_a_second_closure_that_fails_leaves_the_weights_where_they_were[cpu]",
+        ),
+        (
+            "SAM: weights put back before the step is planned",
+            "fusedopt",
+            '        request, whole = self._request("step"), self.defaults\n',
+            '        request, whole = self._request("step"), self.defaults\n'
+            "        if not self._can_read_sources():\n            self.restore()\n",
+            "test_sam.py::test_refused_second_step_may_be_tried_again_or_given_up[cpu-a gradient less]",
+        ),
+        (
+            "SAM: a plan of other old weights is kept",
+            "fusedopt",
+            "                or plan.sources is not sources\n",
+            "",
+            "test_sam.py::test_step_after_a_first_ascent_reads_the_weights_from_before[cpu]",
         ),
         (
             "SAM: device skips and leaves the weights at the ascent",
