@@ -2158,14 +2158,14 @@ MUTANTS = [
             "stores past the caches: values that are not encoded",
             "csrc",
             "stream(stored.bytes, operand.at(begin),",
-            "stream(values.bytes, operand.at(begin),",
+            "stream(static_cast<const char*>(values), operand.at(begin),",
             f"{PAST_CACHES}[torch.bfloat16-AdamW]",
         ),
         (
-            "stores past the caches: the gradient instead",
+            "stores past the caches: not the old weights",
             "csrc",
-            "state >= 0 && i == Entry::first_state + state;",
-            "state >= 0 && i == Entry::grad;",
+            "if (is_overwritten(i)) {",
+            "if (is_overwritten(i) && i == Entry::param) {",
             f"{PAST_CACHES}[torch.float32-AdamW]",
         ),
         (
