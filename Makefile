@@ -1,5 +1,6 @@
 # make train   train a small GPT with fusedopt.AdamW and compare with torch.optim   (ARGS="--steps 50" passes options on)
 # make test    lint and tests, in JOBS=2 processes of one thread each, but for tests of threads
+# make check   lint, types and quick tests, in less than a minute: formulas, documents, the contract of one class on CPUs
 # make fuzz    N=20000 random examples a class against the reference   (SEED=1 repeats a run)
 # make bench   the CPU benchmark
 # make gpu     on a machine with a GPU: its tests, quick benchmark and compute-sanitizer, reports in OUT=runs/gpu
@@ -7,6 +8,7 @@
 # make kernels   what the compilers make of every GPU kernel, Triton's for many GPUs; none need be there
 # make versions  the oldest and newest Python, torch, Triton and NumPy, each in an environment of its own   (ARGS="oldest")
 # make same-bits OTHER=folder  random runs of every class give the same bits as that other checkout, built in place
+# make rooms   checks which module imports which, and draws docs/rooms.svg
 # make mutants planted bugs, each of which a test must notice   (ARGS="Lion norm" takes those whose names contain a word)
 #
 # Needs python3 >= 3.10 and a C++ compiler. Makes .venv; uses the torch and Triton that python3 already has, else installs
@@ -24,13 +26,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py fusedopt/_C.pyi $(shell find csrc -type f)
 
-.PHONY: train test lint fuzz kernels versions same-bits mutants bench gpu sanitize clean
+.PHONY: train test check lint fuzz kernels versions same-bits rooms mutants bench gpu sanitize clean
 
 train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(ARGS)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(ARGS)
+
+# All of these files, except what compiles; of the large ones, the contract of AdamW on the backend `cpu`.
+QUICK := types formula rooms options show docs recipes schedules
+QUICK_IN_PART := parity torch_contract checkpoints clip errors drop_in
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(patsubst %,tests/test_%.py,$(QUICK) $(QUICK_IN_PART)) \
+		-k "($(patsubst %,test_%.py or,$(QUICK)) cpu-AdamW or ten_steps or clipped_step) and not page_on_adding and not keep_tensors_apart" $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -55,6 +64,9 @@ versions:
 
 same-bits: $(VENV)/built
 	$(BIN)/python -m tests.same_bits $(OTHER) $(ARGS)
+
+rooms: $(VENV)/built
+	$(BIN)/python -m tests.rooms
 
 mutants: $(VENV)/ready
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -75,8 +75,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("handed") = py::list())
       .def("grad_addresses", &Bucket::grad_addresses)
       .def("release", &Bucket::release)
-      .def("active", &Bucket::active)
-      .def("all_active", &Bucket::all_active)
+      .def("with_gradient", &Bucket::with_gradient, py::arg("params"))
       .def("grad_norm", &Bucket::grad_norm, py::arg("is_weighted"), py::arg("num_threads"))
       .def("first_nonfinite", &Bucket::first_nonfinite)
       .def("update", &Bucket::update, py::arg("hyper"), py::arg("grad_coef"), py::arg("num_threads"),

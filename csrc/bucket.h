@@ -156,16 +156,15 @@ class Bucket {
     if (held_.empty()) held_.swap(held);  // keeps its memory
   }
 
-  // Indices of the parameters that have a gradient, in the order added.
-  std::vector<size_t> active() const {
-    std::vector<size_t> indices;
+  // Those of all parameters, which are given in the order added, that had a gradient in the last refresh().
+  py::list with_gradient(const py::list& params) const {
+    if (num_active_ == planned_.size()) return params;
+    py::list active;
     for (size_t i = 0; i < planned_.size(); ++i) {
-      if (planned_[i].entry >= 0 && table_.entries[planned_[i].entry].is_active) indices.push_back(i);
+      if (planned_[i].entry >= 0 && table_.entries[planned_[i].entry].is_active) active.append(params[i]);
     }
-    return indices;
+    return active;
   }
-
-  bool all_active() const { return num_active_ == planned_.size(); }
 
   double grad_norm(const std::vector<bool>& is_weighted, int num_threads) {
     for (const Entry& entry : table_.entries) {

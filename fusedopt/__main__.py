@@ -1,4 +1,4 @@
-"""``python -m fusedopt doctor``: what was found, what is picked for each device, and why nothing faster."""
+"""``python -m fusedopt doctor``: what was found, what is picked for each device, and why nothing faster. ``show``: a rule."""
 
 import platform
 import sys
@@ -9,6 +9,11 @@ import fusedopt
 from fusedopt import backends
 from fusedopt.backends import cuda, triton, watch
 from fusedopt.extension import _C
+from fusedopt.show import show
+
+USAGE = """usage: python -m fusedopt doctor       what is installed, what each device gets, and why nothing faster
+       python -m fusedopt show RULE    a rule, such as adam or AdamW: its row of the table, its formula in all languages
+"""
 
 
 def doctor() -> None:
@@ -38,11 +43,14 @@ def doctor() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments != ["doctor"]:
-        print("usage: python -m fusedopt doctor", file=sys.stderr)
-        return 2
-    doctor()
-    return 0
+    match arguments:
+        case ["doctor"]:
+            doctor()
+            return 0
+        case ["show", name]:
+            return show(name)
+    print(USAGE, end="", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

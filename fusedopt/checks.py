@@ -96,7 +96,7 @@ def state_problem(
     if format is None:
         is_number = value.is_floating_point() or value.is_complex()
         is_convertible = is_number and value.is_complex() == param.is_complex()
-        expected = "complex" if param.is_complex() else "floating-point"
+        expected = "complex" if param.is_complex() else "real floating-point"
         return None if is_convertible else (TypeError, f"is {short_dtype(value)}, not {expected}")
     if value.device != param.device:
         return ValueError, f"is on {value.device}"
@@ -233,7 +233,8 @@ class Checks:
             if is_written and slot.format.compute_dtype != compute_dtype(entry.param.tensor):
                 reason = f"is stored as {slot.format.name}, but the update computes in {listed([entry.compute_dtype])}"
                 self.fail(entry, (TypeError, reason), what)
-            if slot.format.per_aux and (entry.is_strided or entry.is_sparse):
+            is_by_place = slot.format.per_aux or slot.format.takes_random  # in memory order
+            if is_by_place and (entry.is_strided or entry.is_sparse):
                 needed = "dense tensors in one memory order, and dense gradients"
                 self.fail(entry, (TypeError, f"is stored as {slot.format.name}, which needs {needed}"), what)
 

@@ -17,7 +17,7 @@ import torch
 from fusedopt.compiler import not_compiled
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.options import check_max_norm
-from fusedopt.step import defer_clip
+from fusedopt.step import Planned, defer_clip
 
 
 @not_compiled
@@ -54,7 +54,7 @@ def clip_grad_norm_(
             raise TypeError(f"clip_grad_norm_ takes fusedopt optimizers, got {type(optimizer).__name__}")
     limit = check_max_norm("max_norm", max_norm)
     with contextlib.ExitStack() as stack:
-        plans = [stack.enter_context(optimizer._planned("clip_grad_norm_")) for optimizer in optimizers]
+        plans = [stack.enter_context(Planned(optimizer._request("clip_grad_norm_"))) for optimizer in optimizers]
         owner_of: dict[int, int] = {}
         for i, plan in enumerate(plans):
             for entry in (entry for bucket in plan.buckets for entry in bucket.entries):

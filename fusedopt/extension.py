@@ -63,7 +63,7 @@ def _difference(module: Any) -> str | None:
     codecs = {(name, *facts) for name, (_, *facts) in module.formats.items()}
     formats = {(row.name, *row.facts) for row in FORMATS.values()}
     if codecs != formats:
-        return f"it differs in the storage format {min(name for name, *_ in codecs ^ formats)!r}"
+        return f"it differs in the format {min(name for name, *_ in codecs ^ formats)!r}"
     return None
 
 

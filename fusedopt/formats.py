@@ -23,7 +23,8 @@ class Format:
     """How a tensor's values are stored.
 
     The reference codec works on 1-d tensors: ``decode(stored, aux) -> values`` and ``encode(values, random) -> (stored, aux)``,
-    where ``random`` holds 32 random bits per element as int64 (None unless ``takes_random``).
+    where ``random`` holds 32 random bits per element as int64 if ``takes_random``. None: round to nearest, as when a checkpoint
+    is loaded.
     """
 
     name: str  # the same in all three languages

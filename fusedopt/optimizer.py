@@ -22,11 +22,11 @@ from fusedopt.options import (
     describe,
     taken,
 )
-from fusedopt.plan import NO_SOURCES, Planned, Plans
+from fusedopt.plan import NO_SOURCES
 from fusedopt.record import StepRecord
 from fusedopt.rules import Rule, check_no_own, read_options
 from fusedopt.stalls import StallWatch
-from fusedopt.step import defer_clip, step
+from fusedopt.step import Planned, Plans, Request, defer_clip, step
 from fusedopt.types import Backend, Loss, Nonfinite, Params, Sparse
 
 
@@ -90,16 +90,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Copies the options of the optimizer whose groups these are, where none were given."""
         if groups.rule is not self.rule:
             return
-        taken = {
+        copied = {
             name: groups.defaults[name]
             for name, default in self._whole_options.items()
             if name in self.defaults and self.defaults[name] == default != groups.defaults.get(name, default)
         }
-        self.defaults.update(taken)
-        if taken:
-            listed = ", ".join(f"{name}={value!r}" for name, value in taken.items())
+        self.defaults.update(copied)
+        if copied:
+            text = ", ".join(f"{name}={value!r}" for name, value in copied.items())
             warn(
-                f"{type(self).__name__}: copied {listed} from the optimizer that these param_groups belong to; "
+                f"{type(self).__name__}: copied {text} from the optimizer that these param_groups belong to; "
                 "set the attribute of that name to change it"
             )
 
@@ -171,17 +171,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._planned("step") as plan:
-            scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by GradScaler
-            is_updated = step(plan, self._record, self.defaults, scale, found_inf)
-            self._stalls.look(plan, is_updated, self._record)
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by GradScaler
+        step(self._request("step"), self._record, self._stalls, self.defaults, scale, found_inf)
         return loss
 
-    def _planned(self, caller: str) -> Planned:
-        """The plan for the gradients there are now, as a context; see `Planned`."""
-        return self._planned_for("step", caller, self.rule, self.param_groups, self.state, NO_SOURCES)
+    def _request(self, caller: str) -> Request:
+        """For a plan of the gradients there are now; see `Planned`."""
+        return self._request_for("step", caller, self.rule, self.param_groups, self.state, NO_SOURCES)
 
-    def _planned_for(
+    def _request_for(
         self,
         purpose: str,
         caller: str,
@@ -189,11 +187,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         param_groups: list[dict[str, Any]],
         state: dict[torch.Tensor, dict[str, Any]],
         sources: Mapping[torch.Tensor, torch.Tensor],
-    ) -> Planned:
-        """The same of any rule, groups and states; between steps the plan is kept under its purpose."""
+    ) -> Request:
+        """The same for any rule, groups and states; between steps the plan is kept under its purpose."""
         whole, owner = self.defaults, f"{type(self).__name__}.{caller}"
         arguments = (owner, rule, param_groups, state, whole.get("sparse") == "lazy", whole, sources)
-        return Planned(self._plans, purpose, whole.get("backend"), arguments)
+        return Request(self._plans, purpose, whole.get("backend"), arguments)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch; also drops a `clip_grad_norm_` that no step has used."""
@@ -215,7 +213,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> torch.Tensor:
         """Clips by global norm at the next `step`; see `fusedopt.clip_grad_norm_`. Gradients are not written."""
         limit = check_max_norm("max_norm", max_norm)
-        with self._planned("clip_grad_norm_") as plan:
+        with Planned(self._request("clip_grad_norm_")) as plan:
             return defer_clip([plan], [self._record], limit, error_if_nonfinite)
 
     @property

@@ -6,12 +6,10 @@ whether the plan still holds: the same objects, at the same addresses, with the 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
-import threading
 from collections.abc import Mapping
-from types import ModuleType, TracebackType
+from operator import is_
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,16 +21,101 @@ from fusedopt.entry import Bucket, Entry, Mirror, Slot
 from fusedopt.errors import UNCHANGED, fail, named_params
 from fusedopt.extension import _C
 from fusedopt.formats import plain_format
-from fusedopt.groups import Groups
-from fusedopt.interrupts import uninterrupted
 from fusedopt.layout import have_same_strides, is_dense
-from fusedopt.rules import Rule
+from fusedopt.rules import Options, Rule, check_no_own, read_options, with_lr
 from fusedopt.states import States
 
-_NOTHING = contextlib.nullcontext()
 NO_SOURCES: Mapping[torch.Tensor, torch.Tensor] = {}  # updates read parameters where they write them
 ParamGroups = list[dict[str, Any]]
 State = dict[torch.Tensor, dict[str, Any]]
+
+
+# ---- the options of groups -----------------------------------------------------------------------------------
+
+Seen = tuple[list, list]  # keys and values of a group
+
+
+class Groups:
+    """The options of all groups of an optimizer.
+
+    Args:
+        whole: the options of the whole optimizer.
+    """
+
+    def __init__(self, rule: Rule, whole: Mapping[str, Any], num_groups: int):
+        self._rule = rule
+        self._whole = whole
+        self.options: list[Options | None] = [None] * num_groups
+        self._seen: list[Seen | None] = [None] * num_groups
+        self.scalars: list[tuple[Any, ...]] = []  # for each group its hyperparameters, in the order of `Rule.hyper`
+        self.signs: list[float] = []  # for each group what its gradients are multiplied with
+        self.is_weighted: list[bool] = []  # for each group whether the norm takes its gradients times their parameters
+
+    def read(self, owner: str, param_groups: list[dict[str, Any]]) -> bool:
+        """Takes over hyperparameters, validated where they changed.
+
+        Returns:
+            False if the options now select other kernels, or if other gradients may be sparse.
+
+        Raises:
+            ValueError, TypeError: naming the group whose options are wrong; then nothing is taken over.
+        """
+        changed = [index for index, group in enumerate(param_groups) if not _is_as_seen(group, self._seen[index])]
+        if not changed:
+            return True
+        # Replaced only when all groups are valid: a refusal must not lose a change.
+        read, seen = [*self.options], [*self._seen]
+        for index in changed:
+            group = param_groups[index]
+            if not isinstance(group, dict):
+                kind = type(group).__name__
+                raise TypeError(f"{owner}: param_groups[{index}] is a {kind}, not a dict; {UNCHANGED}")
+            try:
+                check_no_own(self._rule, group, self._whole)
+                scheduled = _but_for_lr(group, seen[index])
+                if scheduled:
+                    read[index], seen[index] = with_lr(self._rule, read[index], group["lr"]), scheduled
+                else:
+                    read[index], seen[index] = read_options(self._rule, group), _seen(group)
+            except (ValueError, TypeError, KeyError) as error:
+                reason = f"{error} is missing" if isinstance(error, KeyError) else error
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"{owner}: param_groups[{index}]: {reason}; {UNCHANGED}") from None
+        is_same_kernel = all(
+            before is None or (before.variant, before.is_sparse_exact) == (now.variant, now.is_sparse_exact)
+            for before, now in zip(self.options, read, strict=True)
+        )
+        self.options, self._seen = read, seen
+        self.scalars = [options.scalars for options in read]
+        self.signs = [-1.0 if options.maximize else 1.0 for options in read]
+        weight = None if self._rule.norm_weight is None else self._rule.hyper.index(self._rule.norm_weight)
+        self.is_weighted = [weight is not None and bool(scalars[weight]) for scalars in self.scalars]
+        return is_same_kernel
+
+
+def _seen(group: dict[str, Any]) -> Seen | None:
+    """A group's keys and values; None if an option can change without becoming another object, as a tensor or a list can."""
+    options = (value for name, value in group.items() if name not in ("params", "param_names"))
+    flat = (item for value in options for item in (value if isinstance(value, tuple) else (value,)))
+    is_fixed = all(item is None or type(item) in (float, int, bool, str) for item in flat)
+    return ([*group], [*group.values()]) if is_fixed else None
+
+
+def _is_as_seen(group: dict[str, Any], seen: Seen | None) -> bool:
+    """Whether a group holds the very objects that it held when it was `_seen`."""
+    return seen is not None and type(group) is dict and [*group] == seen[0] and all(map(is_, group.values(), seen[1]))
+
+
+def _but_for_lr(group: dict[str, Any], seen: Seen | None) -> Seen | None:
+    """What is `_seen` of a group now, if only its learning rate is another, a float: schedulers do that in every step."""
+    if seen is None or type(group.get("lr")) is not float:
+        return None
+    names, values = seen[0], [*seen[1]]
+    values[names.index("lr")] = group["lr"]
+    return (names, values) if _is_as_seen(group, (names, values)) else None
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------
 
 
 class Plan:
@@ -229,14 +312,6 @@ class Plan:
             and all([bucket.refresh() for bucket in self.buckets])  # noqa: C419  each must read its gradients
         )
 
-    def release(self) -> None:
-        """Lets go of the gradients that `refresh` held."""
-        with uninterrupted() if self.distributed else _NOTHING:
-            for bucket in self.buckets:
-                bucket.release()
-            for entry in self.distributed:
-                entry.handed_grad = None
-
     def discard_unused_states(self) -> bool:
         """Removes the states that this plan made and no update has used. True if there were any: the plan is then void."""
         return self.states.discard_unused(self._is_used)
@@ -281,85 +356,3 @@ class Plan:
     def active(self) -> list[Entry]:
         """The parameters that have a gradient, in bucket order."""
         return [entry for bucket in self.buckets for entry in bucket.entries if entry.grad is not None]
-
-
-# ---- the plans of an optimizer ---------------------------------------------------------------------------------
-
-
-class Plans:
-    """The plans that an optimizer keeps from step to step, by what they are for. One thread at a time may use them.
-
-    An object, so that wrappers of the optimizer which copy its attributes share it.
-    """
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Plan] = {}
-        self.in_step: dict[int, int] = {}  # process -> the thread that is in a step
-
-
-class Planned:
-    """A context in which a plan is validated, and holds the gradients there are now.
-
-    States that were made for an update which then does not happen are gone again at its end.
-
-    Args:
-        purpose: under which the plan is kept.
-        backend: as of `FusedOptimizer`.
-        arguments: those of `Plan`.
-    """
-
-    def __init__(self, plans: Plans, purpose: str, backend: str | None, arguments: tuple[Any, ...]):
-        self._plans, self._purpose, self._backend, self._arguments = plans, purpose, backend, arguments
-        self._process, self._thread = os.getpid(), threading.get_ident()
-        self._plan: Plan | None = None
-
-    def __enter__(self) -> Plan:
-        owner, _, param_groups, state, is_lazy, _, sources = self._arguments
-        try:
-            # One operation, so that no thread can come between. By process, so that a fork during a step leaves the child
-            # free; by thread, so that one that an interrupt threw out of its step can go on.
-            if self._plans.in_step.setdefault(self._process, self._thread) != self._thread:
-                raise RuntimeError(f"{owner}: another thread is in a step of the same optimizer; {UNCHANGED}")
-            plan = self._plan = self._plans.kept.get(self._purpose)
-            if plan is not None:
-                plan.owner = owner
-            if (
-                plan is None
-                or plan.is_lazy != is_lazy
-                or plan.sources is not sources
-                or not plan.refresh(param_groups, state)
-            ):
-                plan = self._planned_anew(plan)
-            return plan
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-
-    def _planned_anew(self, before: Plan | None) -> Plan:
-        owner, _, param_groups, state, *_ = self._arguments
-        if before is not None:
-            before.release()
-        self._plans.kept.pop(self._purpose, None)
-        plan = self._plan = Plan(*self._arguments)
-        plan.make(
-            param_groups, self._backend, before
-        )  # apart from its constructor: an interrupt finds the states it made
-        if not plan.refresh(param_groups, state):
-            raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
-        self._plans.kept[self._purpose] = plan
-        return plan
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        plan, in_step = self._plan, self._plans.in_step
-        try:
-            if plan is not None:
-                try:
-                    plan.release()
-                finally:
-                    if plan.states is not None and plan.states.fresh and plan.discard_unused_states():
-                        self._plans.kept.pop(self._purpose, None)
-        finally:
-            if in_step.get(self._process) == self._thread:
-                del in_step[self._process]

@@ -18,10 +18,10 @@ from fusedopt.errors import UNCHANGED
 from fusedopt.interrupts import uninterrupted
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import AdamW
-from fusedopt.plan import NO_SOURCES, Planned
+from fusedopt.plan import NO_SOURCES, Plan
 from fusedopt.ranges import flag
 from fusedopt.rules import RULES, read_options
-from fusedopt.step import fail_nonfinite, measured, measured_on_device, step, update
+from fusedopt.step import Planned, Request, fail_nonfinite, measured, measured_on_device, step, update
 from fusedopt.types import Loss, Params
 
 
@@ -242,7 +242,7 @@ class SAM(FusedOptimizer):
             self.zero_grad()
 
     def _ascend(self) -> None:
-        with self._ascent_plan() as plan:
+        with Planned(self._ascent_request()) as plan:
             active = [entry.owner for entry in plan.active()]
             sources = {param: self._ascent.state[param]["old_param"] for param in active}
             if any(self._ascent.sources.get(param) is not source for param, source in sources.items()):
@@ -315,16 +315,16 @@ class SAM(FusedOptimizer):
         if ascent.is_skipping:
             self._record.count_skip()
             return self.restore()
-        with self._planned("step") as plan:
+
+        def put_back(plan: Plan) -> None:
             if plan.sources is NO_SOURCES:
                 self.restore()
-            with uninterrupted():  # what is where it belongs must not be brought back again
-                scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-                is_updated = step(plan, self._record, self.defaults, scale, found_inf)
-                if is_updated:
-                    ascent.ascended = None
-            if is_updated:
-                self._stalls.look(plan, is_updated, self._record)
+
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        request, whole = self._request("step"), self.defaults
+        with uninterrupted():  # what is where it belongs must not be brought back again
+            if step(request, self._record, self._stalls, whole, scale, found_inf, before=put_back):
+                ascent.ascended = None
         self.restore()
 
     def _can_read_sources(self) -> bool:
@@ -339,20 +339,20 @@ class SAM(FusedOptimizer):
         active = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
         return {*map(id, active)} == {*map(id, ascent.ascended)}
 
-    def _planned(self, caller: str) -> Planned:
+    def _request(self, caller: str) -> Request:
         if self._can_read_sources():
             purpose, sources = "step from sources", self._ascent.sources
         else:
             purpose, sources = "step", NO_SOURCES
-        return self._planned_for(purpose, caller, self.rule, self.param_groups, self.state, sources)
+        return self._request_for(purpose, caller, self.rule, self.param_groups, self.state, sources)
 
-    def _ascent_plan(self) -> Planned:
+    def _ascent_request(self) -> Request:
         if len(self._ascent.groups) != len(self.param_groups):
             self._ascent.groups = [{} for _ in self.param_groups]
         for own, group in zip(self._ascent.groups, self.param_groups, strict=True):
             kept = ("params", "param_names", "maximize", "capturable")
             own.update({name: group[name] for name in kept if name in group}, **self._own_options(group))
-        return self._planned_for(
+        return self._request_for(
             "ascent", "first_step", RULES["sam"], self._ascent.groups, self._ascent.state, NO_SOURCES
         )
 

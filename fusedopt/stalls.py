@@ -96,17 +96,14 @@ class StallWatch:
                 "take a larger learning rate"
             )
 
-    def look(self, plan: Plan, is_updated: bool, record: StepRecord) -> None:
-        """Called after each step, while the plan holds the gradients. Does not wait for a device.
+    def look(self, plan: Plan, record: StepRecord) -> None:
+        """Called after a step that is due for a look, or the one before it, while the plan holds the gradients.
+
+        It does not wait for a device.
 
         Args:
-            is_updated: whether the step was not skipped.
             record: knows how many steps so far changed nothing.
         """
-        self.num_steps += 1
-        # One step earlier too: a parameter that swings between two values is seen at both.
-        if self.num_steps < self.next_look - 1 or not is_updated:
-            return
         if any(bucket.is_capturing for bucket in plan.buckets):
             return  # the next step that is not captured looks
         num_skipped = record.skipped_steps

@@ -1,15 +1,17 @@
-"""What a step does once it is planned, from top to bottom: scale, found_inf, norm, clip, skip, update.
+"""What a step does, from top to bottom: plan, scale, found_inf, norm, clip, skip, update.
 
-`step` is all of it. SAM's ascent and `clip_grad_norm_` use its parts: `measured`, `update`, `defer_clip`.
+`step` is all of it. SAM's ascent and `clip_grad_norm_` use its parts: `Planned`, `measured`, `update`, `defer_clip`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from types import NoneType
-from typing import Any, NoReturn
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, TracebackType
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -21,6 +23,7 @@ from fusedopt.options import check_max_grad_norm, check_nonfinite
 from fusedopt.plan import Plan
 from fusedopt.ranges import is_elsewhere, number
 from fusedopt.record import UNCLIPPED, Control, Pending, StepRecord
+from fusedopt.stalls import StallWatch
 
 _NOTHING = contextlib.nullcontext()
 # What each process would do with FSDP1's parameters, and the remedies.
@@ -34,32 +37,122 @@ INFINITIES_OF_SHARD = (
 )
 
 
-# ---- the coefficient -------------------------------------------------------------------------------------------
+# ---- the plan --------------------------------------------------------------------------------------------------
 
 
-def clip_coefficient(norm: Any, max_norm: float) -> Any:
-    """min(1, max_norm / (norm + 1e-6)) of a float or a tensor, as torch; NaN for a NaN norm. An infinite limit never clips."""
-    if max_norm == math.inf:
-        return 1.0
-    coef = max_norm / (norm + 1e-6)
-    if isinstance(coef, torch.Tensor):
-        return coef.clamp(max=1.0)
-    return 1.0 if coef >= 1 else coef
+class Plans:
+    """The plans that an optimizer keeps from step to step, by what they are for. One thread at a time may use them.
+
+    An object, so that wrappers of the optimizer which copy its attributes share it.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Plan] = {}
+        self.in_step: dict[int, int] = {}  # process -> the thread that is in a step
+
+
+class Request(NamedTuple):
+    """What a plan is wanted for."""
+
+    plans: Plans
+    purpose: str  # under which it is kept
+    backend: str | None  # as of the optimizer
+    arguments: tuple[Any, ...]  # of `Plan`
+
+
+class Planned:
+    """A context in which a plan is validated, and holds the gradients there are now.
+
+    States that were made for an update which then does not happen are gone again at its end.
+    """
+
+    def __init__(self, request: Request):
+        self._plans, self._purpose, self._backend, self._arguments = request
+        self._process, self._thread = os.getpid(), threading.get_ident()
+        self._plan: Plan | None = None
+
+    def __enter__(self) -> Plan:
+        owner, _, param_groups, state, is_lazy, _, sources = self._arguments
+        try:
+            # One operation, so that no thread can come between. By process, so that a fork during a step leaves the child
+            # free; by thread, so that one that an interrupt threw out of its step can go on.
+            if self._plans.in_step.setdefault(self._process, self._thread) != self._thread:
+                raise RuntimeError(f"{owner}: another thread is in a step of the same optimizer; {UNCHANGED}")
+            plan = self._plan = self._plans.kept.get(self._purpose)
+            if plan is not None:
+                plan.owner = owner
+            if (
+                plan is None
+                or plan.is_lazy != is_lazy
+                or plan.sources is not sources
+                or not plan.refresh(param_groups, state)
+            ):
+                plan = self._planned_anew(plan)
+            return plan
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def _planned_anew(self, before: Plan | None) -> Plan:
+        owner, _, param_groups, state, *_ = self._arguments
+        if before is not None:
+            self._release()
+        self._plans.kept.pop(self._purpose, None)
+        plan = self._plan = Plan(*self._arguments)
+        plan.make(
+            param_groups, self._backend, before
+        )  # apart from its constructor: an interrupt finds the states it made
+        if not plan.refresh(param_groups, state):
+            raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
+        self._plans.kept[self._purpose] = plan
+        return plan
+
+    def _release(self) -> None:
+        """Lets go of the gradients that the plan holds."""
+        plan = self._plan
+        with uninterrupted() if plan.distributed else _NOTHING:
+            for bucket in plan.buckets:
+                bucket.release()
+            for entry in plan.distributed:
+                entry.handed_grad = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        plan, in_step = self._plan, self._plans.in_step
+        try:
+            if plan is not None:
+                try:
+                    self._release()
+                finally:
+                    if plan.states is not None and plan.states.fresh and plan.discard_unused_states():
+                        self._plans.kept.pop(self._purpose, None)
+        finally:
+            if in_step.get(self._process) == self._thread:
+                del in_step[self._process]
 
 
 # ---- the step --------------------------------------------------------------------------------------------------
 
 
 def step(
-    plan: Plan, record: StepRecord, whole: Mapping[str, Any], grad_scale: Any = None, found_inf: Any = None
+    request: Request,
+    record: StepRecord,
+    stalls: StallWatch,
+    whole: Mapping[str, Any],
+    grad_scale: Any = None,
+    found_inf: Any = None,
+    before: Callable[[Plan], None] | None = None,
 ) -> bool:
-    """Updates every parameter of a plan that has a gradient, or skips the step.
+    """Updates every parameter that has a gradient, or skips the step.
 
     Args:
+        request: for the plan.
         whole: options of the whole optimizer; ``max_grad_norm`` and ``nonfinite`` are looked at.
         grad_scale: what the loss was multiplied with, a number or a tensor of one element; the norm is that of the unscaled
             gradients. None: 1.
         found_inf: whether the caller has already seen a gradient that is not finite, a number or a tensor of one element.
+        before: called when everything is planned, before anything is written.
 
     Returns:
         Whether there was an update; True as well where the device decides that.
@@ -67,7 +160,21 @@ def step(
     Raises:
         ValueError: an argument is out of range.
         RuntimeError: ``nonfinite="error"`` and the norm is NaN or infinite; or gradients changed after a deferred clip.
+        And as `Plan.make`. Then nothing has changed.
     """
+    with Planned(request) as plan:
+        if before is not None:
+            before(plan)
+        is_updated = _step_planned(plan, record, whole, grad_scale, found_inf)
+        stalls.num_steps += 1
+        # One step before a look too: a parameter that swings between two values is seen at both.
+        if is_updated and stalls.num_steps >= stalls.next_look - 1:
+            stalls.look(plan, record)
+    return is_updated
+
+
+def _step_planned(plan: Plan, record: StepRecord, whole: Mapping[str, Any], grad_scale: Any, found_inf: Any) -> bool:
+    """The step from scale and found_inf on; see `step`."""
     limit, nonfinite = whole.get("max_grad_norm"), whole.get("nonfinite", "propagate")
     if (limit, nonfinite) != record.checked or type(limit) not in (float, NoneType):  # they may be set in every step
         limit, nonfinite = record.checked = check_max_grad_norm(limit), check_nonfinite(nonfinite)
@@ -189,6 +296,16 @@ def measured_on_device(
     norm = combine_norms(parts)
     coef = control[0] * clip_coefficient(norm, max_norm)
     return norm.to(dtype), torch.stack([coef, (~norm.isfinite()).double()])
+
+
+def clip_coefficient(norm: Any, max_norm: float) -> Any:
+    """min(1, max_norm / (norm + 1e-6)) of a float or a tensor, as torch; NaN for a NaN norm. An infinite limit never clips."""
+    if max_norm == math.inf:
+        return 1.0
+    coef = max_norm / (norm + 1e-6)
+    if isinstance(coef, torch.Tensor):
+        return coef.clamp(max=1.0)
+    return 1.0 if coef >= 1 else coef
 
 
 def combine_norms(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -110,7 +110,8 @@ def compile_variant(variant):
             constants["sums"] = None
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     pointers = {
-        "grads": "*i64", "entry_of": "*i32", "index_of": "*i32", "numel": "*i64", "addresses": "*i64", "group_of": "*i32", "seeds": "*i32",
+        "grads": "*i64", "entry_of": "*i32", "index_of": "*i32", "numel": "*i64", "addresses": "*i64", "group_of": "*i32",
+        "seeds": "*i32",
         "hyper": "*fp64", "partials": "*fp64", "ticket": "*i32", "max_norm": "*fp64", "previous": "*fp64",
         "grad_scale": "*fp32", "found_inf": "*fp32", "norm": "*fp32", "control": "*fp64", "skipped": "*i64",
         "weights": "*i64", "first_chunk": "*i32", "partial_sums": "*fp64", "sums": "*fp64",

@@ -108,6 +108,16 @@ def test_make_requires_the_extension():
     assert installs and all("FUSEDOPT_REQUIRE_CPU=1" in line for line in installs)
 
 
+def test_make_check_names_tests_that_exist():
+    command = run("make", "-n", "check").stdout
+    files = set(re.findall(r"tests/(test_\w+\.py)", command))
+    words = set(re.findall(r"[\w.-]+", re.search(r'-k "(.*?)"', command)[1])) - {"or", "and", "not", "cpu-AdamW"}
+    functions = "\n".join(
+        re.findall(r"^def (test_\w+)", "".join((ROOT / "tests" / name).read_text() for name in files), re.M)
+    )
+    assert {word for word in words if word not in functions} <= files and "cpu-AdamW" in command
+
+
 def test_compiler_without_openmp_builds_without_it(tmp_path, fake):
     compiler = fake("c++", has("-fopenmp"))
     result, wheels = build_wheel(tmp_path / "wheel", CC=compiler, CXX=compiler)
@@ -309,6 +319,7 @@ def test_wheel_made_from_the_sdist_has_every_part(sdist, tmp_path):
     assert wheel.name.startswith(f"fusedopt-{fusedopt.__version__}-3.complete-")
     modules = [name for name in mutants.project_files() if re.match(r"(fusedopt|kernels)/.*\.(py|pyi|typed)$", name)]
     expected = {re.sub("^kernels/", "fusedopt/kernels/", name) for name in modules}
+    expected |= {f"fusedopt/headers/{header.name}" for header in (ROOT / "csrc/rules").iterdir()}
     expected |= {f"fusedopt/{name}" for name in (EXTENSION, "_cuda.so", "_cuda.txt")}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
@@ -318,6 +329,10 @@ def test_wheel_made_from_the_sdist_has_every_part(sdist, tmp_path):
     assert kernels == str(tmp_path / "installed/fusedopt/kernels/__init__.py")
     assert problem is None
     assert cuda_part.startswith("built and loads")
+    shown = run(sys.executable, "-m", "fusedopt", "show", "lion", cwd=tmp_path / "installed")
+    assert (
+        shown.stdout == run(sys.executable, "-m", "fusedopt", "show", "lion").stdout and "struct Lion" in shown.stdout
+    )
     if has_nvcc():
         assert cuda_part.startswith("built and loads (for GPUs of compute capability 9.0 by nvcc ")
 

@@ -407,6 +407,29 @@ def test_limit_may_change_between_steps(spec):
         assert_close(params, twin_params, max(spec.tolerance, 1e-10))
 
 
+@only_on("cpu", "no backend is asked")
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("max_grad_norm", -1.0, "max_grad_norm must be > 0"),
+        ("max_grad_norm", "x", "max_grad_norm must be a number"),
+        ("nonfinite", "ignore", "nonfinite must be one of"),
+    ],
+)
+def test_step_refuses_what_was_put_into_defaults(name, value, message):
+    """As often as it is tried, until the value is a valid one again."""
+    params = make_params(SHAPES)
+    optimizer = fusedopt.SGD(params, max_grad_norm=1.0)
+    train(optimizer, params, 1)
+    valid, optimizer.defaults[name] = optimizer.defaults[name], value
+    set_grads(params, 1)
+    for _ in range(2):
+        with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
+            optimizer.step()
+    optimizer.defaults[name] = valid
+    optimizer.step()
+
+
 def test_several_optimizers_share_one_norm():
     """Of other classes and dtypes, one of them without gradients."""
     params = [*make_params(SHAPES), *make_params(SHAPES, torch.float64, 1)]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import BACKENDS
 from mutants import MUTANTS, ListError, Mutant
 from test_build import copy_project
 
@@ -93,7 +94,7 @@ def test_mutant_finds_its_text_in_any_source_of_a_folder(tmp_path):
     assert (tmp_path / "csrc/cpu/b.cpp").read_text() == "y = 2;"
     assert Mutant("a", "csrc/a.h", "x", "", "test").find(tmp_path) == "csrc/a.h"
     assert Mutant("a", ".", "z", "", "test").find(tmp_path) == "kernels/k.py"  # not again by the link, nor the cache
-    for place, text in [("csrc", "y = 1"), ("fusedopt", "z"), ("csrc/a.h", "y")]:
+    for place, text in [("csrc", "y = 1"), ("fusedopt", "z"), ("csrc/a.h", "y"), ("csrc/gone.h", "x")]:
         with pytest.raises(ListError, match=f"{place} has '{text}' 0 times"):
             Mutant("a", place, text, "", "test").find(tmp_path)
     (tmp_path / "csrc/c.cuh").write_text("x")
@@ -101,15 +102,15 @@ def test_mutant_finds_its_text_in_any_source_of_a_folder(tmp_path):
         Mutant("a", "csrc", "x", "", "test").find(tmp_path)
 
 
-def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
-    """Applies CONTRIBUTING.md to a copy of the project, builds it there, and runs the new rule's tests."""
+def test_the_page_on_adding_an_optimizer_and_a_format_adds_them(tmp_path):
+    """Applies CONTRIBUTING.md to a copy of the project, builds it there, and runs the tests of the new rule and format."""
     copy = copy_project(tmp_path / "copy")
     page = (ROOT / "CONTRIBUTING.md").read_text()
     steps = re.findall(
         r"^<!-- (new file|insert into) (\S+)(?: before: (.*?))? -->\n```\w+\n(.*?)^```", page, re.M | re.S
     )
     assert sum(kind == "new file" for kind, *_ in steps) == 2
-    assert len({path for kind, path, *_ in steps if kind == "insert into"}) == 6
+    assert len({path for kind, path, *_ in steps if kind == "insert into"}) == 6 + 3
     for kind, path, anchor, block in steps:
         target = copy / path
         if kind == "new file":
@@ -128,5 +129,9 @@ def test_the_page_on_adding_an_optimizer_adds_one(tmp_path):
 
     run("setup.py", "-q", "build_ext", "--inplace")
     tests = [f"tests/test_{what}.py" for what in ("formula", "parity", "rooms", "compiled_code", "triton", "options")]
-    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "EmaSGD or emasgd or vectorised or wall")
+    names = "EmaSGD or emasgd or vectorised or wall or floors"
+    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", names)
     assert int(re.search(r"(\d+) passed", output).group(1)) > 60
+    assert "struct EmaSGD" in run("-m", "fusedopt", "show", "EmaSGD")
+    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_formats.py", "-k", "int8_block", "-rs")
+    assert int(re.search(r"(\d+) passed", output).group(1)) == len(BACKENDS) + 1, output  # and its reference codec alone

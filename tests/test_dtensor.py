@@ -582,6 +582,24 @@ def frozen_dtensors_are_left_alone(rank):
 
 
 @check
+def a_first_gradient_that_comes_late_is_noticed(rank):
+    """It arrives at the DTensor: the local tensor, whose address the engines know, never has one."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for backend in USABLE:
+        early, late = (placed(randn((6, 3), seed=i), Shard(0), mesh=mesh) for i in range(2))
+        twin = torch.nn.Parameter(full(late).clone())
+        optimizer, twins = fusedopt.AdamW([early, late], lr=0.1, backend=backend), fusedopt.AdamW([twin], lr=0.1)
+        for step in range(4):
+            set_grad(early, randn((6, 3), seed=step))
+            if step >= 2:
+                twin.grad = randn((6, 3), seed=10 + step)
+                set_grad(late, twin.grad)
+            optimizer.step()
+            twins.step()
+            assert_close([late], [twin])
+
+
+@check
 def a_step_plans_only_once_and_leaves_no_trace(rank):
     """Parts have gradients during the step alone; both counts by which autograd sees writing go up."""
     mesh = init_device_mesh("cpu", (WORLD,))

@@ -63,6 +63,12 @@ def of_another_table(package):
     (package / "rules.py").write_text(text.replace('("lr", "momentum", "dampening"', '("lr", "dampening", "momentum"'))
 
 
+def of_other_formats(package):
+    text = (package / "formats.py").read_text()
+    assert "_plain(torch.float16)," in text
+    (package / "formats.py").write_text(text.replace("_plain(torch.float16),", ""))
+
+
 BROKEN = {
     absent: "the C++ extension was not built (",
     not_an_object: "the C++ extension does not load: ",
@@ -70,6 +76,7 @@ BROKEN = {
     of_another_python: f"built for another Python: _C.cpython-38-x86_64-linux-gnu.so, not _C{SUFFIX}",
     of_another_interface: "built from another version of fusedopt: its interface is",
     of_another_table: "built from another version of fusedopt: it differs in the rule 'sgd'",
+    of_other_formats: "built from another version of fusedopt: it differs in the format 'float16'",
 }
 
 # One process for all, since importing torch is what takes time; a child for each.

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import math
 import os
 import re
@@ -1051,19 +1052,57 @@ def stored_in(format, kept, param):
 
 
 @only_on("cpu", "it has the tables")
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_cpp_table_takes_the_formats_that_it_has_loops_for_and_no_others(is_strided):
+    """The last guard, behind those that name the parameter: a step works, or the table refuses the tensors."""
+    num_steps = 0
+    for names in itertools.product(_C.formats, repeat=4):
+        is_double = [name == "float64" for name in names]
+        numbers = zip((3.0, 1.0, 1.0, 2.0), names, strict=True)
+        tensors = [
+            torch.full((4, 1 + is_strided), number, dtype=getattr(torch, name))[:, 0] for number, name in numbers
+        ]
+        _, param, state, grad = tensors
+        slots = [(tensor, _C.formats[name][0], None) for tensor, name in zip(tensors[:3], names, strict=False)]
+        table, count = _C.Bucket(True), torch.zeros(())
+        arguments = (param, grad, slots, [count], _C.rules["lion"][0], 0, 0, is_strided, True)
+        if is_double[1] != is_double[2] or is_double[1] < max(is_double[0], is_double[3]):
+            with pytest.raises(TypeError, match="a format does not fit the type that is computed in"):
+                table.add(*arguments)
+            continue
+        table.add(*arguments)
+        table.finish()
+        assert table.refresh(1, False, [grad])
+        table.update([[0.5, 0.0, 0.5, 0.0]], [1.0], 1, lambda written: None, [])
+        values = {name: tensor.tolist() for name, tensor in (("param", param), ("state", state), ("count", count))}
+        assert values == {"param": [2.5] * 4, "state": [1.5] * 4, "count": 1.0}, names
+        num_steps += 1
+    assert num_steps == 4 * 1 * 4 + 3 * 3 * 3 * 3  # source, state and gradient of a float64 parameter; of narrower ones
+
+
+@only_on("cpu", "it has the tables")
 def test_cpp_table_refuses_what_it_has_no_codec_for():
-    """The last guard, behind those that name the parameter."""
-    rule = _C.rules["adam"][0]
     param, exp_avg, step = torch.zeros(8), torch.zeros(8), torch.zeros(())
+    float32, rule = _C.formats["float32"][0], _C.rules["lion"][0]
+
+    def add(param=param, exp_avg=exp_avg, step=step, grad=None, format=float32, aux=None):
+        slots = [(param, float32, None), (param, float32, None), (exp_avg, format, aux)]
+        _C.Bucket(True).add(param, grad, slots, [step], rule, 0, 0, False, False)
+
+    add()
     for dtype in (torch.int8, torch.uint8, torch.int64, torch.bool):
-        for i in range(4):
-            tensors = [param, exp_avg, exp_avg, step]
-            tensors[i] = tensors[i].to(dtype)
-            param_or_other, first, second, count = tensors
+        for name in ("param", "exp_avg", "step", "grad"):
             with pytest.raises(TypeError, match="has no codec"):
-                _C.Bucket(True).add(param_or_other, None, [first, second, None], count, None, None, rule, 0, False)
+                add(**{name: torch.zeros(8, dtype=dtype)})
+    for format in (-1, len(_C.formats), _C.formats["bfloat16"][0]):
+        with pytest.raises(TypeError, match="dtype is not that of its format"):
+            add(format=format)
+    with pytest.raises(TypeError, match="has auxiliary values, or has none"):
+        add(aux=torch.zeros(1))
     with pytest.raises(TypeError, match="count's dtype is not supported, or it has several elements"):
-        _C.Bucket(True).add(param, None, [exp_avg, exp_avg, None], param, None, None, rule, 0, False)
+        add(step=param)
+    with pytest.raises(TypeError, match="the step count is not float32"):
+        add(step=step.double())
 
 
 @pytest.mark.parametrize("value", [-5.0, math.nan])
@@ -1257,7 +1296,7 @@ def other_class(name, make, grad):
 
 def second_thread(optimizer, param):
     def step():
-        with optimizer._planned("step"):
+        with fusedopt.step.Planned(optimizer._request("step")):
             raised = []
 
             def run():

@@ -8,7 +8,7 @@ import torch
 from helpers import assert_same_bits, every_class, make_params, nothing_changes, only_on, randn, set_grads, train
 
 import fusedopt
-from fusedopt import states
+from fusedopt import reference, states
 from fusedopt.formats import FORMATS, Format, plain_format, random_bits
 
 pytestmark = pytest.mark.usefixtures("on_backend")
@@ -59,7 +59,7 @@ SPLIT = Format("split", torch.int16, halves_decode, halves_encode, aux_dtype=tor
 
 
 @only_on("cpu", "no backend takes part")
-@pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
+@pytest.mark.parametrize("format", [*FORMATS.values()], ids=lambda format: format.name)
 def test_what_a_codec_decodes_it_encodes_again(format):
     values = format.decode(*format.encode(randn((1021,)).to(format.compute_dtype), None))
     assert values.dtype == format.compute_dtype
@@ -80,6 +80,45 @@ def test_random_bits_depend_on_seed_step_and_element_alone():
 
 
 # ---- states in other formats -------------------------------------------------------------------------------------
+
+
+SIZES = (1, 31, 32, 33, 255, 257, 4096 + 5, 2 * 32768 + 37, 0)
+
+
+@pytest.mark.parametrize("name", [row.name for row in FORMATS.values() if row.compute_dtype == torch.float32])
+def test_every_format_stores_a_state_as_its_reference_codec_does(name, on_backend, stored_as, threads):
+    """One step of Lion after another, each from what the codec says must be there. A new row of the table is tested here."""
+    format = FORMATS[name]
+    stored_as(format)
+    params = make_params([(size,) for size in SIZES])
+    optimizer = fusedopt.Lion(params, lr=0.01)
+    kept = optimizer.rule.states[0]
+    differences, num_codes = 0, 0
+    for step in range(3):
+        set_grads(params, step)
+        expected = []
+        for seed, param in enumerate(params):
+            held = [optimizer.state[param][part] for part in states.names_in(kept, format)] if step else None
+            moment = format.decode(*(held if format.per_aux else [*held, None])) if step else torch.zeros(param.shape)
+            state = {"exp_avg": moment}
+            options = dict(lr=0.01, betas=(0.9, 0.99), weight_decay=0.0)
+            new = reference.lion(param.detach().clone(), param.grad, state, step + 1, **options)
+            random = random_bits(seed, step + 1, param.numel()) if format.takes_random else None
+            expected.append((new, *format.encode(state["exp_avg"], random)))
+        threads(1 + step % 2)
+        optimizer.step()
+        for param, (new, codes, aux) in zip(params, expected, strict=True):
+            torch.testing.assert_close(param.detach(), new, rtol=1e-6, atol=1e-7)
+            found, *found_aux = (optimizer.state[param][part] for part in states.names_in(kept, format))
+            assert found.dtype == format.dtype
+            if format.per_aux:
+                torch.testing.assert_close(found_aux[0], aux, rtol=1e-6, atol=0)
+            unit = 1 if not format.is_plain else 2 * torch.finfo(format.dtype).eps
+            torch.testing.assert_close(found.double(), codes.double(), rtol=0 if unit == 1 else unit, atol=unit)
+            differences += int((found != codes).sum())
+            num_codes += param.numel()
+    # A last bit of float32 may tip the rounding of a code.
+    assert differences <= (0.02 if format.dtype == torch.float32 else 0.001) * num_codes + 1
 
 
 @every_class

@@ -369,6 +369,28 @@ def test_a_second_closure_that_fails_leaves_the_weights_where_they_were(on_backe
     optimizer.step(closure_of(optimizer, params, 1))
 
 
+@pytest.mark.parametrize("has_all", [True, False], ids=["all gradients", "a gradient less"])
+def test_refused_second_step_may_be_tried_again_or_given_up(has_all, on_backend):
+    """The parameters stay where the ascent has left them, also if the step cannot read the weights from there."""
+    params = make_params()
+    others, before = clone_params(params), [param.detach().clone() for param in params]
+    optimizer, other = (fusedopt.SAM(each, rho=0.5, lr=0.1) for each in (params, others))
+    for goes_on in (False, True):
+        for each, of_each in ((optimizer, params), (other, others)):
+            closure_of(each, of_each, 0)()
+            each.first_step()
+            closure_of(each, of_each, 1)()
+            of_each[0].grad = of_each[0].grad if has_all else None
+        optimizer.param_groups[0]["lr"] = -1.0
+        with nothing_changes(optimizer), pytest.raises(ValueError, match=r"param_groups\[0\]: lr must be >= 0"):
+            optimizer.second_step()
+        optimizer.param_groups[0]["lr"] = 0.1
+        assert not same_bits(params[0].detach(), before[0])
+        for each in (optimizer, other):
+            each.second_step() if goes_on else each.restore()
+        assert_same_bits(params, others if goes_on else before)
+
+
 @pytest.mark.parametrize("when", [1, 2], ids=["in the ascent", "in the step"])
 def test_interrupt_divides_no_step(when, monkeypatch):
     """Ctrl-C while memory is written: the step is done, or nothing is."""
@@ -416,6 +438,22 @@ def test_parameters_with_only_one_of_the_two_gradients(on_backend):
         optimizer.second_step()
         assert same_bits(params[0].detach(), before[0])
         assert_close([params[1]], [before[1] - 0.1 * (turn + 1)], 1e-6)
+
+
+def test_step_after_a_first_ascent_reads_the_weights_from_before(on_backend):
+    """The parameter has its state from the start. The plan knows it without old weights, before it has a gradient."""
+    params = make_params()
+    optimizer = fusedopt.SAM(params, fusedopt.SGD, rho=1.0, lr=0.1, momentum=0.9)
+    for param in params:
+        optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    before = params[1].detach().clone()
+    for has_grad in (False, True):
+        for step in (optimizer.first_step, optimizer.second_step):
+            optimizer.zero_grad()
+            loss_of(params, 0).backward()
+            params[1].grad = torch.ones_like(params[1]) if has_grad else None
+            step()
+    assert_close([params[1]], [before - 0.1], 1e-6)
 
 
 # ---- as its base -----------------------------------------------------------------------------------------------

@@ -1587,7 +1587,7 @@ def test_step_during_a_step_of_another_thread_is_refused(spec):
     for warm in (0, 1):
         set_grads(params, warm)
         set_grads(plain_params, warm)
-        with optimizer._planned("step") as plan:
+        with fusedopt.step.Planned(optimizer._request("step")) as plan:
             thread = threading.Thread(target=call_both)
             thread.start()
             thread.join()
@@ -1605,13 +1605,15 @@ def test_interrupted_step_leaves_the_optimizer_usable(spec, monkeypatch):
     optimizer, plain = spec.make(params), spec.make(plain_params)
     train(optimizer, params, 1)
     train(plain, plain_params, 1)
-    for where in ("refresh", "release", "discard_unused_states"):
+    plan_class = type(optimizer._plans.kept["step"])
+    places = (plan_class, "refresh"), (fusedopt.step.Planned, "_release"), (plan_class, "discard_unused_states")
+    for cls, where in places:
         if where == "discard_unused_states":  # of a plan that has made some
             optimizer.zero_grad()
             optimizer.state, plain.state = defaultdict(dict), defaultdict(dict)
         set_grads(params, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(type(optimizer._plans.kept["step"]), where, interrupt)
+            patch.setattr(cls, where, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.clip_grad_norm_(1.0)
         assert optimizer._plans.in_step == {}
@@ -1634,7 +1636,7 @@ def test_child_forked_during_a_step_can_step():
     optimizer = fusedopt.AdamW(params)
     train(optimizer, params, 1)
     set_grads(params, 1)
-    with optimizer._planned("step"):
+    with fusedopt.step.Planned(optimizer._request("step")):
         run_in_fork(optimizer.step)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 
 import torch
 
 from fusedopt.backends.sparse import Touched
-from fusedopt.backends.watch import handed, slots_of, table_of, with_gradient
+from fusedopt.backends.watch import handed, slots_of, table_of
 from fusedopt.entry import Entry
 from fusedopt.extension import _C, problem
 from fusedopt.rules import Rule
@@ -53,13 +54,11 @@ class Bucket:
         self._params = [entry.param.tensor for entry in self.entries]
         self._may_move = is_alone  # the table then knows all memory that a step writes
         self._handed = handed(self.entries)
+        self.release = self._table.release
 
     def refresh(self) -> bool:
         grads = [entry.handed_grad for entry in self._handed] if self._handed else []  # a call less in most steps
         return self._table.refresh(torch.get_num_threads(), self._may_move, grads)
-
-    def release(self) -> None:
-        self._table.release()
 
     def grad_norm(self, is_weighted: Sequence[bool]) -> float:
         return self._table.grad_norm(is_weighted, torch.get_num_threads())
@@ -69,9 +68,9 @@ class Bucket:
 
     def prepare(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> Callable[[], None]:
         # Autograd must notice that a tensor it saved has changed.
-        written, increment = with_gradient(self._table, self._params), torch.autograd.graph.increment_version
+        written, increment = self._table.with_gradient(self._params), torch.autograd.graph.increment_version
         threads = torch.get_num_threads()
-        return lambda: self._table.update(scalars, grad_coefs, threads, increment, written)
+        return functools.partial(self._table.update, scalars, grad_coefs, threads, increment, written)
 
 
 class Rows:
@@ -104,4 +103,4 @@ class Rows:
     def prepare(self, scalars: Sequence[Sequence[float]], grad_coefs: Sequence[float]) -> Callable[[], None]:
         written, increment = [part.entry.param.tensor for part in self._touched], torch.autograd.graph.increment_version
         threads = torch.get_num_threads()
-        return lambda: self._table.update(scalars, grad_coefs, threads, increment, written)
+        return functools.partial(self._table.update, scalars, grad_coefs, threads, increment, written)

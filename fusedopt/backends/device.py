@@ -17,7 +17,7 @@ import torch
 
 from fusedopt.backends.reference import first_nonfinite
 from fusedopt.backends.tables import Kernels, Table
-from fusedopt.backends.watch import handed, table_of, with_gradient
+from fusedopt.backends.watch import handed, table_of
 from fusedopt.entry import Entry
 from fusedopt.extension import _C
 from fusedopt.interrupts import uninterrupted
@@ -274,7 +274,7 @@ class Bucket(ABC):
                     table.kernels.prepare_update(arguments)
                 launches.append((table, arguments))
             if self._watch is not None:
-                written = with_gradient(self._watch, self._params)
+                written = self._watch.with_gradient(self._params)
             else:
                 written = [entry.param.tensor for entry in self.entries if entry.grad is not None]
         return lambda: self._launch_all(launches, written)

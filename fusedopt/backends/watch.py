@@ -63,8 +63,3 @@ def table_of(entries: Sequence[Entry], is_host: bool) -> _C.Bucket:
 def handed(entries: Sequence[Entry]) -> list[Entry]:
     """Those entries whose gradients the table is given in each step, in its order."""
     return [entry for entry in entries if entry.is_grad_handed and not entry.is_idle]
-
-
-def with_gradient(table: _C.Bucket, params: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Those parameters that had a gradient when the table was refreshed; all of the table's are given."""
-    return params if table.all_active() else [params[i] for i in table.active()]
