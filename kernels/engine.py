@@ -52,8 +52,8 @@ def launch_options(kernel, itemsizes, warp_size, capability):
     """
     options = {
         "CHUNK": CHUNK,
-        # For each thread 4 elements; 8 where that makes 16 bytes of the narrowest tensor and registers suffice.
-        "BLOCK": THREADS * (8 if min(itemsizes) == 2 and max(itemsizes) < 8 else 4),
+        # For each thread 4 elements; 8 where that makes 16 bytes of a tensor of 16 bits and registers suffice.
+        "BLOCK": THREADS * (8 if min(itemsizes) <= 2 and max(itemsizes) < 8 else 4),
         "num_warps": THREADS // warp_size,
         # No fused multiply-add, as in the CPU engine, and whatever this version of Triton does by default.
         "enable_fp_fusion": False,

@@ -1,7 +1,8 @@
 """How values are stored: a codec for each row of fusedopt/formats.py, found by the same name, and loads and stores by format.
 
 A plain format is one of Triton's dtypes, to which values are converted. Any other has its formulas, those of csrc/storage.h, in
-`_decode`, `_encode` and, if elements share an auxiliary value, `_aux_of`.
+`_decode`, `_encode` and, if elements share an auxiliary value, `_aux_of`: with one `return` each, since the compiler compares
+the types of all of them.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ class Format:
     aux_dtype: tl.dtype | None = None
     per_aux: int = 0  # how many consecutive elements share one auxiliary value; 0: there is none
     takes_random: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        return self.per_aux == 0 and not self.takes_random and self.dtype.is_floating()
 
 
 FORMATS = {
@@ -38,7 +43,8 @@ FORMATS = {
 @triton.jit
 def _decode(stored, aux, FORMAT: tl.constexpr):
     """The values of stored elements. ``aux`` has one auxiliary value for each of them, if the format has any."""
-    return stored
+    values = stored
+    return values
 
 
 @triton.jit
@@ -47,15 +53,18 @@ def _encode(values, aux, random, FORMAT: tl.constexpr):
 
     ``random`` has 32 bits for each value, if the format takes them.
     """
-    if FORMAT.dtype.primitive_bitwidth < values.dtype.primitive_bitwidth:
-        values = values.to(FORMAT.dtype, fp_downcast_rounding="rtne")
-    return values, aux
+    stored = values
+    if FORMAT.is_plain:
+        if FORMAT.dtype.primitive_bitwidth < values.dtype.primitive_bitwidth:
+            stored = values.to(FORMAT.dtype, fp_downcast_rounding="rtne")
+    return stored, aux
 
 
 @triton.jit
 def _aux_of(largest, FORMAT: tl.constexpr):
     """The auxiliary value of each block of elements, from the largest of their magnitudes."""
-    return largest
+    aux = largest
+    return aux
 
 
 # ---- random bits -------------------------------------------------------------------------------------------------

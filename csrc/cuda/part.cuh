@@ -65,14 +65,13 @@ class Part {
         if (size == 8) load_each(global<uint64_t>(slot.stored, offset), left);
       }
     }
-    with_aux(slot.format, [&](auto codec) {
-      using Codec = decltype(codec);
-      const auto* const aux = aux_address<Codec>(stretch, part, slot);
+    if constexpr (by_vectors) {
+      with_aux(slot.format, [&](auto codec) {
+        using Codec = decltype(codec);
 #pragma unroll
-      for (int i = 0; i < num_aux<Codec>; ++i) {
-        if (by_vectors || i * threads < stretch.left(part)) set_aux<Codec>(i, aux[i * aux_step<Codec>]);
-      }
-    });
+        for (int i = 0; i < num_aux<Codec>; ++i) aux_[i] = load_aux<Codec>(stretch, part, slot, i);
+      });
+    }
   }
 
   FO_DEVICE void store(const Stretch<T>& stretch, int part, const Slot& slot) {
@@ -98,39 +97,40 @@ class Part {
         if (size == 8) store_each(global<uint64_t>(slot.stored, offset), left);
       }
     }
-    with_aux(slot.format, [&](auto codec) {
-      using Codec = decltype(codec);
-      auto* const aux = aux_address<Codec>(stretch, part, slot);
-      const bool is_first = stretch.template first<by_vectors>(part) % Codec::per_aux == 0;  // of those that share a value
-#pragma unroll
-      for (int i = 0; i < num_aux<Codec>; ++i) {
-        if (is_first && (by_vectors || i * threads < stretch.left(part))) aux[i * aux_step<Codec>] = get_aux<Codec>(i);
-      }
-    });
   }
 
-  FO_DEVICE void decode(int part, Format format, T (&values)[count]) {
-    with_codec<T, is_plain>(format, [&](auto codec) {
+  FO_DEVICE void decode(const Stretch<T>& stretch, int part, const Slot& slot, T (&values)[count]) {
+    with_codec<T, is_plain>(slot.format, [&](auto codec) {
       using Codec = decltype(codec);
       using Stored = typename Codec::stored;
       if constexpr (by_vectors && 2 * sizeof(Stored) == sizeof(T)) take_halves(part);
 #pragma unroll
-      for (int i = 0; i < count; ++i) values[i] = T(Codec::decode(get<Stored>(i), get_aux<Codec>(i)));
+      for (int i = 0; i < count; ++i) {
+        typename Codec::aux aux = {};
+        if constexpr (Codec::per_aux > 0) {
+          const uint32_t word = by_vectors ? aux_[i % num_aux<Codec>] : load_aux<Codec>(stretch, part, slot, i);
+          __builtin_memcpy(&aux, &word, sizeof(aux));
+        }
+        values[i] = T(Codec::decode(get<Stored>(i), aux));
+      }
     });
   }
 
-  // Of a written tensor, whose format decodes to T. All lanes of a warp must come here.
-  FO_DEVICE void encode(const Stretch<T>& stretch, int part, Format format, uint32_t random_key, const T (&values)[count]) {
-    with_codec<T>(format, [&](auto codec) {
+  // Of a written tensor, whose format decodes to T. Stores the auxiliary values; the others follow by store(). All lanes of a
+  // warp must come here.
+  FO_DEVICE void encode(const Stretch<T>& stretch, int part, const Slot& slot, uint32_t random_key, const T (&values)[count]) {
+    with_codec<T>(slot.format, [&](auto codec) {
       using Codec = decltype(codec);
       if constexpr (sizeof(value_of<Codec>) == sizeof(T)) {
-        if constexpr (Codec::per_aux > 1) make_aux<Codec>(stretch, part, values);
+        typename Codec::aux aux = {};
 #pragma unroll
         for (int i = 0; i < count; ++i) {
-          typename Codec::aux aux = get_aux<Codec>(i);
+          if constexpr (Codec::per_aux > 1) {
+            if (i < num_aux<Codec>) aux = make_aux<Codec>(stretch, part, slot, values, i);
+          }
           const int64_t element = stretch.begin + stretch.template first<by_vectors>(part) + i * (by_vectors ? 1 : threads);
           set(i, Codec::encode(values[i], aux, Codec::takes_random ? random_bits(random_key, element) : 0));
-          if constexpr (Codec::per_aux == 1) set_aux<Codec>(i, aux);
+          if constexpr (Codec::per_aux == 1) store_aux<Codec>(stretch, part, slot, i, aux);
         }
       }
     });
@@ -213,48 +213,54 @@ class Part {
   static constexpr int aux_step = by_vectors ? 1 : threads / Codec::per_aux;
 
   template <class Codec>
-  FO_DEVICE static typename Codec::aux* aux_address(const Stretch<T>& stretch, int part, const Slot& slot) {
+  FO_DEVICE static typename Codec::aux* first_aux(const Stretch<T>& stretch, int part, const Slot& slot) {
     using Aux = typename Codec::aux;
     static_assert(sizeof(Aux) <= 4 && (Codec::per_aux == 1 || (Codec::per_aux == warp && warp % count == 0)));
     Aux* const aux = global<Aux>(slot.aux) + (stretch.begin + stretch.template first<by_vectors>(part)) / Codec::per_aux;
     return static_cast<Aux*>(__builtin_assume_aligned(aux, by_vectors ? num_aux<Codec> * sizeof(Aux) : sizeof(Aux)));
   }
 
+  // In the low bits of a word; 0 past the end.
   template <class Codec>
-  FO_DEVICE typename Codec::aux get_aux(int i) const {
-    typename Codec::aux aux = {};
-    if constexpr (Codec::per_aux > 0) __builtin_memcpy(&aux, &aux_[num_aux<Codec> == 1 ? 0 : i], sizeof(aux));
-    return aux;
+  FO_DEVICE static uint32_t load_aux(const Stretch<T>& stretch, int part, const Slot& slot, int i) {
+    uint32_t word = 0;
+    if (by_vectors || i * threads < stretch.left(part)) {
+      const auto aux = first_aux<Codec>(stretch, part, slot)[i * aux_step<Codec>];
+      __builtin_memcpy(&word, &aux, sizeof(aux));
+    }
+    return word;
   }
 
+  // By the thread of the first element that shares it.
   template <class Codec>
-  FO_DEVICE void set_aux(int i, typename Codec::aux aux) {
-    __builtin_memcpy(&aux_[i], &aux, sizeof(aux));
+  FO_DEVICE static void store_aux(const Stretch<T>& stretch, int part, const Slot& slot, int i, typename Codec::aux aux) {
+    if (stretch.template first<by_vectors>(part) % Codec::per_aux != 0) return;
+    if (by_vectors || i * threads < stretch.left(part)) first_aux<Codec>(stretch, part, slot)[i * aux_step<Codec>] = aux;
   }
 
-  // From the largest magnitude of each block, NaN if it has one: as integers, magnitudes have the same order, with NaN last.
+  // From the largest magnitude of a block, NaN if it has one: as integers, magnitudes have the same order, with NaN last.
   // Elements past the end do not count.
   template <class Codec>
-  FO_DEVICE void make_aux(const Stretch<T>& stretch, int part, const T (&values)[count]) {
+  FO_DEVICE static typename Codec::aux make_aux(const Stretch<T>& stretch, int part, const Slot& slot, const T (&values)[count],
+                                                int i) {
     constexpr int per_thread = count / num_aux<Codec>;  // elements of one block
+    uint32_t largest = 0;
 #pragma unroll
-    for (int i = 0; i < num_aux<Codec>; ++i) {
-      uint32_t largest = 0;
-#pragma unroll
-      for (int k = i; k < i + per_thread; ++k) {
-        if (by_vectors || k * threads < stretch.left(part)) largest = max(largest, bits_of(values[k]) & 0x7fffffff);
-      }
-#pragma unroll
-      for (int distance = Codec::per_aux / per_thread / 2; distance > 0; distance /= 2) {
-        largest = max(largest, __shfl_xor_sync(~0u, largest, distance));
-      }
-      set_aux<Codec>(i, Codec::aux_of(float_of(largest)));
+    for (int k = i; k < i + per_thread; ++k) {
+      if (by_vectors || k * threads < stretch.left(part)) largest = max(largest, bits_of(values[k]) & 0x7fffffff);
     }
+#pragma unroll
+    for (int distance = Codec::per_aux / per_thread / 2; distance > 0; distance /= 2) {
+      largest = max(largest, __shfl_xor_sync(~0u, largest, distance));
+    }
+    const typename Codec::aux aux = Codec::aux_of(float_of(largest));
+    store_aux<Codec>(stretch, part, slot, i, aux);
+    return aux;
   }
 
   uint32_t words_[4];
   uint32_t first_[2];    // halves of the first part, which are stored with the second
-  uint32_t aux_[count];  // a word for each
+  uint32_t aux_[count];  // by vectors, from load() to decode()
 };
 
 }  // namespace fusedopt::cuda

@@ -177,16 +177,16 @@ struct Update {
       grad.load(stretch, part, read_slot(grad_slot));
       ((is_read<state> ? states[state].load(stretch, part, state_slot(state)) : void()), ...);
       T param_values[count], grad_values[count], state_values[num_states][count];
-      param.decode(part, read_slot(source_slot).format, param_values);
-      grad.decode(part, read_slot(grad_slot).format, grad_values);
-      ((is_read<state> ? states[state].decode(part, state_slot(state).format, state_values[state]) : void()), ...);
+      param.decode(stretch, part, read_slot(source_slot), param_values);
+      grad.decode(stretch, part, read_slot(grad_slot), grad_values);
+      ((is_read<state> ? states[state].decode(stretch, part, state_slot(state), state_values[state]) : void()), ...);
 #pragma unroll
       for (int i = 0; i < count; ++i) {
         if (by_vectors || i * threads < stretch.left(part)) visit(param_values[i], grad_values[i], state_values[state][i]...);
       }
       if constexpr (is_updated) {
         const auto write = [&](Part<T, by_vectors>& own, const Slot& slot, const T (&values)[count]) {
-          own.encode(stretch, part, slot.format, entry.random_key, values);
+          own.encode(stretch, part, slot, entry.random_key, values);
           own.store(stretch, part, slot);
         };
         write(param, entry.template slot<false>(param_slot), param_values);
@@ -250,7 +250,7 @@ template <class Rule, class T>
 constexpr int min_blocks() {
   int num_kept = 0;
   for (int state = 0; state < Update<Rule, T>::num_states; ++state) num_kept += Rule::stores[state];
-  return sizeof(T) == 8 || num_kept >= 2 ? 4 : 5;
+  return num_kept >= 3 ? 3 : sizeof(T) == 8 || num_kept >= 2 ? 4 : 5;
 }
 
 // One step of every entry that has a gradient; none, if one of them is known not to be finite: that is then counted.
