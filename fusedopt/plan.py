@@ -21,7 +21,7 @@ from fusedopt.entry import Bucket, Entry, Mirror, Slot
 from fusedopt.errors import UNCHANGED, fail, named_params
 from fusedopt.extension import _C
 from fusedopt.formats import plain_format
-from fusedopt.layout import have_same_strides, is_dense
+from fusedopt.layout import as_real, have_same_strides, is_dense
 from fusedopt.rules import Options, Rule, check_no_own, read_options, with_lr
 from fusedopt.states import States
 
@@ -269,6 +269,7 @@ class Plan:
             entry.is_strided = not all(tensor.is_contiguous() for tensor in tensors)
         else:
             tensors += [] if entry.grad is None else [entry.grad]
+            param, *tensors = map(as_real, (param, *tensors))  # some states hold complex numbers as pairs
             entry.is_strided = not all(is_dense(tensor) and have_same_strides(tensor, param) for tensor in tensors)
         checks.formats(entry, backend.__name__.rpartition(".")[2], backend.formats())
 

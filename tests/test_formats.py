@@ -144,9 +144,10 @@ def test_states_in_16_bits_are_the_references(spec, state_dtype, on_backend, sto
 
 
 @only_on("reference", "the others have no such codec")
-def test_split_states_are_those_of_float32(stored_as):
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.complex64])
+def test_split_states_are_those_of_float32(stored_as, param_dtype):
     """A format with an auxiliary value for each element: it loses nothing, so that results stay the same."""
-    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    params, plain_params = make_params(SHAPES, param_dtype), make_params(SHAPES, param_dtype)
     plain = fusedopt.AdamW(plain_params)
     train(plain, plain_params, 3)
     stored_as(SPLIT)
