@@ -250,8 +250,8 @@ def test_nvcc_has_built_the_cuda_part():
 
 @pytest.mark.xdist_group("compiled by nvcc")
 def test_no_kernel_spills_and_every_aligned_access_is_wide(kernels):
-    """In each update one wide load of the parameter, the gradient and every state that is kept, and one wide store of all but the
-    gradient, in float32 and in 16 bits in two places; and none that must find out what kind of memory it is. A kernel with
+    """In each update one wide load of the parameter, the gradient and every state that is kept, and one wide store of all but
+    the gradient, in float32 and in 16 bits in two places; and none that must find out what kind of memory it is. A kernel with
     states has all of that twice: for states in the type that is computed in, which are stored in one place, and for others.
     """
     targets = {name.split()[0] for name in kernels}
