@@ -4,6 +4,8 @@
                                                in the installed object
     python -m tests.compile_kernels --all      Triton's for all targets, every pair of dtypes
     python -m tests.compile_kernels --write    and keeps it as tests/compiled_kernels.json
+    python -m tests.compile_kernels --states FORMAT
+                                               only of updates whose states are stored in that format
 
 A process of its own, because the kernels are either compiled or interpreted, which is decided when they are imported.
 """
@@ -11,6 +13,7 @@ A process of its own, because the kernels are either compiled or interpreted, wh
 import argparse
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -30,9 +33,13 @@ def variants(targets):
     """(target, kernel, stores, parameter, gradient) of every compilation.
 
     A kernel is called as in kernels/engine.py, after a rule's name where it is one of a rule; an update by the rule's name
-    alone, and "from source" where it reads parameters elsewhere, in another format than it writes.
+    alone, "from source" where it reads parameters elsewhere, in another format than it writes, and "states" with the format of
+    its states where that is not the one that is computed in.
     """
+    from fusedopt.kernels.storage import FORMATS
     from fusedopt.rules import RULES
+
+    narrow = [name for name in FORMATS if name not in ("float32", "float64")]
 
     for target, param, grad in itertools.product(targets, DTYPES, DTYPES):
         if grad == "fp64" != param or (param != grad and target != "sm_90"):
@@ -48,6 +55,9 @@ def variants(targets):
                     yield target, f"{rule.name} from source", stores, param, grad
                 if rule.num_sums and param == grad:
                     yield target, f"{rule.name} measure", stores, param, grad
+                if target == "sm_90" and rule.optimizers and any(stores) and param == grad in ("fp32", "bf16"):
+                    for name in narrow:
+                        yield target, f"{rule.name} states {name}", stores, param, grad
     for target in targets:
         yield target, "add_up", (), "fp32", "fp32"
 
@@ -58,6 +68,8 @@ def usual_variants():
     """
     for variant in variants(TARGETS):
         target, kernel, _, param, grad = variant
+        if " states " in kernel and kernel.split()[0] not in ("adam", "lion"):
+            continue
         dtypes = ("fp32", "bf16", "fp64") if target == "sm_90" else ("fp32",)
         is_of_any = kernel.split()[0] in ("adam", "global_norm") and (target == "sm_90" or param in ("fp32", "bf16"))
         if is_of_any or (param == grad in dtypes and not kernel.endswith("source")):
@@ -82,15 +94,16 @@ def compile_variant(variant):
 
     target, kernel, stores, param, grad = variant
     names = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
-    formats = {dtype: storage.FORMATS[name] for dtype, name in names.items()}
+    formats = storage.FORMATS | {dtype: storage.FORMATS[name] for dtype, name in names.items()}
     computed = "fp64" if param == "fp64" else "fp32"
     is_cuda = target.startswith("sm_")
     warp_size = 64 if target.startswith("gfx9") else 32
     name, *what = kernel.split()
-    states = [computed if stored else None for stored in stores]
+    of_states = what[1] if what[:1] == ["states"] else computed
+    states = [of_states if stored else None for stored in stores]
     slots = [computed if what == ["from", "source"] else param, param, *states]
     written = [] if kernel.endswith("global_norm") else [dtype for dtype in slots[1:] if dtype]
-    itemsizes = [int(dtype[2:]) // 8 for dtype in (*written, grad)]
+    itemsizes = [formats[dtype].dtype.primitive_bitwidth // 8 for dtype in (*written, grad)]
     rule = RULES.get(name)
     function = getattr(engine, kernel.split()[-1], engine.update)
     options = engine.launch_options(function, itemsizes, warp_size, int(target[3:]) if is_cuda else None)
@@ -202,18 +215,22 @@ def _hip_facts(compiled):
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="for all targets, every pair of dtypes")
+    parser.add_argument("--states", metavar="FORMAT", help="only updates whose states are stored in that format")
     parser.add_argument("--write", action="store_true", help=f"keep the result as {TABLE.name}")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
     from fusedopt.backends import cuda
 
     todo = [*variants((*TARGETS, *MORE_TARGETS))] if options.all else [*usual_variants()]
+    if options.states:
+        todo = [variant for variant in todo if variant[1].endswith(f" states {options.states}")]
     with ProcessPoolExecutor(options.jobs) as pool:
         result = {f"triton {triton.__version__}": dict(pool.map(compile_variant, todo, chunksize=4))}
-    if cuda.LIBRARY.exists():
+    if cuda.LIBRARY.exists() and not options.states:
         result[f"nvcc {nvcc_version()}"] = {name: facts for name, _, facts in cuda_kernels(cuda.LIBRARY)}
     if options.json:
         print(json.dumps(result))

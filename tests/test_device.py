@@ -27,7 +27,9 @@ from helpers import clone_params, in_a_new_process, make_params, nothing_changes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
+from fusedopt import states
 from fusedopt.backends import BACKENDS, cuda, device
+from fusedopt.formats import FORMATS
 
 # Both take chunks of 4096 elements, in blocks of a power of two.
 CHUNK, BLOCK = 4096, 1024
@@ -164,6 +166,57 @@ def test_misaligned_tensors_take_the_other_path(which, offset, backend):
                 optimizer.state[param][which] = misaligned(optimizer.state[param][which])
         results.append([param, *optimizer.state[param].values()])
     assert all(itertools.starmap(same_bits, zip(*results, strict=True)))
+
+
+STATE_FORMATS = [FORMATS[name] for name in ("float32", "bfloat16", "float16")]
+
+
+def store_states(monkeypatch, choose):
+    """Lets a function of a state's name and its parameter choose the format."""
+    monkeypatch.setattr(states, "format_of", lambda rule, kept, param: choose(kept.name, param))
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+@pytest.mark.parametrize("which", ["param", "exp_avg", "exp_avg_sq"])
+def test_states_in_16_bits_are_the_same_on_both_paths(which, offset, backend, monkeypatch):
+    """To the bit, beside parameters in 32 and in 16 bits."""
+    store_states(monkeypatch, lambda name, param: FORMATS["bfloat16" if name == "exp_avg" else "float16"])
+    size, results = 2 * CHUNK + 3, []
+    for is_misaligned in (False, True):
+        params = make_params(((size,), (size,)))
+        params[1].data = params[1].data.bfloat16()
+        optimizer = fusedopt.AdamW(params, lr=0.1, backend=backend)
+        for seed in (1, 2):
+            set_grads(params, seed)
+            optimizer.step()
+            for param in params if is_misaligned else ():
+                tensor = param.data if which == "param" else optimizer.state[param][which]
+                moved = torch.empty(size + 8, dtype=tensor.dtype)[offset : offset + size].copy_(tensor)
+                if which == "param":
+                    param.data = moved
+                else:
+                    optimizer.state[param][which] = moved
+        results.append([tensor for param in params for tensor in (param, *optimizer.state[param].values())])
+    assert all(itertools.starmap(same_bits, zip(*results, strict=True)))
+
+
+def test_neighbours_have_states_in_formats_of_their_own(backend, monkeypatch):
+    """What each parameter comes to alone."""
+    store_states(monkeypatch, lambda name, param: STATE_FORMATS[(param.numel() + len(name)) % 3])
+    shapes = [(CHUNK + size,) for size in (0, 1, 2, 3, 4)]
+    together, alone = make_params(shapes), make_params(shapes)
+    optimizer = fusedopt.AdamW(together, backend=backend)
+    others = [fusedopt.AdamW([param], backend=backend) for param in alone]
+    for step in range(2):
+        set_grads(together, step)
+        set_grads(alone, step)
+        optimizer.step()
+        for other in others:
+            other.step()
+    assert {optimizer.state[param]["exp_avg"].dtype for param in together} == {row.dtype for row in STATE_FORMATS}
+    for param, same, other in zip(together, alone, others, strict=True):
+        assert same_bits(param, same)
+        assert all(map(same_bits, optimizer.state[param].values(), other.state[same].values()))
 
 
 def test_nothing_outside_a_tensor_is_written(backend):
