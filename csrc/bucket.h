@@ -20,7 +20,7 @@
 namespace fusedopt {
 
 // The table that an engine walks, and snapshots of the tensors in it, which tell whether the table is still valid. Not for two
-// threads at once: fusedopt/optimizer.py lets only one in.
+// threads at once: fusedopt/step.py lets only one in.
 class Bucket {
  public:
   // is_host: the tensors are in host memory, and the engine of this extension updates them; else they are only watched.
@@ -353,7 +353,8 @@ class Bucket {
   // The format that holds plain numbers of a tensor's dtype.
   static Format plain_format(const Layout& layout) {
     for (int i = 0; i < num_formats; ++i) {
-      if (format_facts[i].per_aux == 0 && int(format_facts[i].dtype) == layout.dtype) return Format(i);
+      const FormatFacts& facts = format_facts[i];
+      if (facts.per_aux == 0 && !facts.takes_random && int(facts.dtype) == layout.dtype) return Format(i);
     }
     throw py::type_error("a tensor's dtype has no codec");
   }

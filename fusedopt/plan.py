@@ -17,7 +17,7 @@ import torch
 from fusedopt import backends, dtensor
 from fusedopt.backends import sparse
 from fusedopt.checks import PARAM_DTYPES, Checks
-from fusedopt.entry import Bucket, Entry, Mirror, Slot
+from fusedopt.entry import AsynchronousBucket, Bucket, Entry, Mirror, Slot
 from fusedopt.errors import UNCHANGED, fail, named_params
 from fusedopt.extension import _C
 from fusedopt.formats import plain_format
@@ -125,7 +125,7 @@ class Plan:
         owner: who plans, for error messages: ``AdamW.step``.
         is_lazy: whether rows that a sparse gradient does not touch may stand still though the rule would move them.
         whole: the options of the whole optimizer.
-        sources: for parameters that an update reads elsewhere than where it writes them, where.
+        sources: of parameters whose values an update reads from another tensor, that tensor.
 
     Raises:
         ValueError, TypeError: naming the group whose options are wrong.
@@ -144,13 +144,16 @@ class Plan:
         self.owner = owner
         self.rule = rule
         self.is_lazy = is_lazy
+        self.is_void = False  # it has been seen not to hold any more
         self.sources = sources
         self._state = state
         self.groups = Groups(rule, whole, len(param_groups))
         self.groups.read(owner, param_groups)
         self.buckets: list[Bucket] = []
         self.norm_groups: list[dtensor.NormGroup | None] = []  # of each bucket
-        self.asynchronous: Any = None  # the first bucket, if all compute coefficients by themselves, on one device
+        self.asynchronous: AsynchronousBucket | None = (
+            None  # the first bucket, if all compute coefficients by themselves, on one device
+        )
         self.mirrors: list[Mirror] = []
         self.of_fsdp1: Entry | None = None
         self.distributed: list[Entry] = []
