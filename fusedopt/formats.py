@@ -76,7 +76,7 @@ FORMATS: dict[str, Format] = {
         _plain(torch.float16),
     )
 }
-_OF_DTYPE = {row.dtype: row for row in FORMATS.values() if row.is_plain}
+_OF_DTYPE = {row.dtype: row for row in FORMATS.values() if row.is_plain and not row.takes_random}
 
 
 def plain_format(dtype: torch.dtype) -> Format | None:
