@@ -23,11 +23,11 @@ from fusedopt.options import (
     describe,
     taken,
 )
-from fusedopt.plan import NO_SOURCES
+from fusedopt.plan import NO_SOURCES, Plans, Request
 from fusedopt.record import StepRecord
 from fusedopt.rules import Rule, check_no_own, read_options
 from fusedopt.stalls import StallWatch
-from fusedopt.step import Planned, Plans, Request, defer_clip, step
+from fusedopt.step import Planned, defer_clip, step
 from fusedopt.types import Backend, Loss, Nonfinite, Params, Sparse
 
 

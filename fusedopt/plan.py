@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping
 from operator import is_
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -118,37 +118,48 @@ def _but_for_lr(group: dict[str, Any], seen: Seen | None) -> Seen | None:
 # ---- the plan --------------------------------------------------------------------------------------------------
 
 
+class Plans:
+    """The plans that an optimizer keeps from step to step, by what they are for. One thread at a time may use them.
+
+    An object, so that wrappers of the optimizer which copy its attributes share it.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Plan] = {}
+        self.in_step: dict[int, int] = {}  # process -> the thread that is in a step
+
+
+class Request(NamedTuple):
+    """What a plan is wanted for."""
+
+    plans: Plans
+    purpose: str  # under which it is kept there
+    backend: str | None  # as of the optimizer
+    owner: str  # who plans, for error messages: ``AdamW.step``
+    rule: Rule
+    param_groups: ParamGroups
+    state: State
+    is_lazy: bool  # whether rows that a sparse gradient does not touch may stand still though the rule would move them
+    whole: Mapping[str, Any]  # the options of the whole optimizer
+    sources: Mapping[torch.Tensor, torch.Tensor]  # of parameters whose values an update reads from another tensor
+
+
 class Plan:
     """The parameters of an optimizer in buckets of one device and backend.
-
-    Args:
-        owner: who plans, for error messages: ``AdamW.step``.
-        is_lazy: whether rows that a sparse gradient does not touch may stand still though the rule would move them.
-        whole: the options of the whole optimizer.
-        sources: of parameters whose values an update reads from another tensor, that tensor.
 
     Raises:
         ValueError, TypeError: naming the group whose options are wrong.
     """
 
-    def __init__(
-        self,
-        owner: str,
-        rule: Rule,
-        param_groups: ParamGroups,
-        state: State,
-        is_lazy: bool,
-        whole: Mapping[str, Any],
-        sources: Mapping[torch.Tensor, torch.Tensor],
-    ):
-        self.owner = owner
-        self.rule = rule
-        self.is_lazy = is_lazy
+    def __init__(self, request: Request):
+        self.owner = request.owner
+        self.rule = request.rule
+        self.is_lazy = request.is_lazy
         self.is_void = False  # it has been seen not to hold any more
-        self.sources = sources
-        self._state = state
-        self.groups = Groups(rule, whole, len(param_groups))
-        self.groups.read(owner, param_groups)
+        self.sources = request.sources
+        self._state = request.state
+        self.groups = Groups(request.rule, request.whole, len(request.param_groups))
+        self.groups.read(request.owner, request.param_groups)
         self.buckets: list[Bucket] = []
         self.norm_groups: list[dtensor.NormGroup | None] = []  # of each bucket
         self.asynchronous: AsynchronousBucket | None = (

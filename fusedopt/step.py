@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,10 +20,9 @@ from fusedopt.entry import Entry
 from fusedopt.errors import UNCHANGED, fail
 from fusedopt.interrupts import uninterrupted
 from fusedopt.options import check_max_grad_norm, check_nonfinite
-from fusedopt.plan import Plan
+from fusedopt.plan import Plan, Request
 from fusedopt.ranges import is_elsewhere, number
 from fusedopt.record import UNCLIPPED, Control, Pending, StepRecord
-from fusedopt.rules import Rule
 from fusedopt.stalls import StallWatch
 
 _NOTHING = contextlib.nullcontext()
@@ -39,32 +38,6 @@ INFINITIES_OF_SHARD = (
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------
-
-
-class Plans:
-    """The plans that an optimizer keeps from step to step, by what they are for. One thread at a time may use them.
-
-    An object, so that wrappers of the optimizer which copy its attributes share it.
-    """
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Plan] = {}
-        self.in_step: dict[int, int] = {}  # process -> the thread that is in a step
-
-
-class Request(NamedTuple):
-    """What a plan is wanted for; the arguments of `Plan`, and where it is kept."""
-
-    plans: Plans
-    purpose: str  # under which it is kept
-    backend: str | None  # as of the optimizer
-    owner: str
-    rule: Rule
-    param_groups: list[dict[str, Any]]
-    state: dict[torch.Tensor, dict[str, Any]]
-    is_lazy: bool
-    whole: Mapping[str, Any]
-    sources: Mapping[torch.Tensor, torch.Tensor]
 
 
 class Planned:
@@ -107,15 +80,7 @@ class Planned:
             # Kept until another one is made: it knows step counts that are in no state.
             before.is_void = True
             self._release()
-        plan = self._plan = Plan(
-            request.owner,
-            request.rule,
-            request.param_groups,
-            request.state,
-            request.is_lazy,
-            request.whole,
-            request.sources,
-        )
+        plan = self._plan = Plan(request)
         # Apart from the constructor, so that an interrupt finds the states that it made.
         plan.make(request.param_groups, request.backend, before)
         if not plan.refresh(request.param_groups, request.state):
