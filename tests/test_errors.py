@@ -854,9 +854,9 @@ def test_wrong_number_of_hyperparameters_is_refused_by_the_engine():
     scalars, increment_version = optimizer._plans.kept["step"].groups.scalars, torch.autograd.graph.increment_version
     for bad, coefs, kind in ((scalars[0][:-1], [1.0], ValueError), (scalars[0], [], IndexError)):
         with nothing_changes(optimizer), pytest.raises(kind):
-            table.update([bad], coefs, False, 1, increment_version, params)
+            table.update([bad], coefs, 1, increment_version, params)
     with nothing_changes(optimizer), pytest.raises(IndexError):
-        table.update([], [1.0], False, 1, increment_version, params)
+        table.update([], [1.0], 1, increment_version, params)
     table.release()
 
 
