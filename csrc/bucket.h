@@ -20,7 +20,7 @@
 namespace fusedopt {
 
 // The table that an engine walks, and snapshots of the tensors in it, which tell whether the table is still valid. Not for two
-// threads at once: fusedopt/optimizer.py lets only one in.
+// threads at once: fusedopt/step.py lets only one in.
 class Bucket {
  public:
   // is_host: the tensors are in host memory, and the engine of this extension updates them; else they are only watched.
@@ -108,9 +108,9 @@ class Bucket {
   }
 
   // Reads the address and layout of every parameter, state and gradient again. False: something is not as planned, make a new
-  // plan. may_move: a parameter may have other memory now, which overlaps nothing in this bucket. handed: the gradients, or None,
-  // of the entries that were added with is_grad_handed, in their order. Holds a reference to each gradient until release().
-  // Several threads do it, because most of the time is spent waiting for memory.
+  // plan. may_move: a parameter may have other memory now, which overlaps nothing in this bucket. handed: the gradient, or
+  // None, of each entry that was added with is_grad_handed, in their order. Holds a reference to each gradient until
+  // release(). Several threads do it, because most of the time is spent waiting for memory.
   bool refresh(int num_threads, bool may_move, const py::list& handed) {
     release();
     // Addresses are changed before everything is checked, so after an exception or a false this plan cannot be used again.
@@ -240,8 +240,8 @@ class Bucket {
     for (size_t k = planned_[i].begin; k < planned_[i].end; ++k) also_written_[k].prefetch_list.prefetch_all();
   }
 
-  // Prefetches what refresh_grads reads: the way from the parameter to its gradient, and the last step's gradient, which often is
-  // the same tensor.
+  // Prefetches what refresh_grads reads: the way from the parameter to its gradient, and the gradient of the last step, which
+  // often is the same tensor.
   FO_HD void prefetch_grad(size_t i) const {
     if (i >= planned_.size()) return;
     const PrefetchList& param = planned_[i].param.prefetch_list;
@@ -353,7 +353,8 @@ class Bucket {
   // The format that holds plain numbers of a tensor's dtype.
   static Format plain_format(const Layout& layout) {
     for (int i = 0; i < num_formats; ++i) {
-      if (format_facts[i].per_aux == 0 && int(format_facts[i].dtype) == layout.dtype) return Format(i);
+      const FormatFacts& facts = format_facts[i];
+      if (facts.per_aux == 0 && !facts.takes_random && int(facts.dtype) == layout.dtype) return Format(i);
     }
     throw py::type_error("a tensor's dtype has no codec");
   }
@@ -378,8 +379,8 @@ class Bucket {
     return operand;
   }
 
-  // The last guard for the loops, which have no codec for some formats and types to compute in. Python has refused these before,
-  // by the parameter's name.
+  // The last guard for the loops, which do not exist for every pair of a format and a type to compute in. Python has refused
+  // such pairs before, by the parameter's name.
   static void check_formats(const Entry& entry, bool is_strided) {
     for (int i = 0; i < Entry::num_operands; ++i) {
       const Operand& operand = entry.operands[i];

@@ -16,7 +16,7 @@ NormGroup = tuple[str, tuple[Any, ...]]  # a type of device, and the process gro
 
 
 def is_dtensor(value: Any) -> bool:
-    """Without importing what DTensors need: who has not done that has none."""
+    """Whether it is a DTensor. Imports nothing: if nobody has imported `torch.distributed.tensor`, there is no DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, getattr(module, "DTensor", ()))
 

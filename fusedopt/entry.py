@@ -171,3 +171,22 @@ class Bucket(Protocol):
         self, scalars: Sequence[Sequence[Any]], grad_coefs: Sequence[float], **on_device: Any
     ) -> Callable[[], None]:
         """Does everything of an update that can fail, and returns what writes. One row of hyperparameters per group."""
+
+
+class AsynchronousBucket(Bucket, Protocol):
+    """A bucket that clips and skips on its device, so that nobody waits for it."""
+
+    has_launched: bool  # an update, at least once
+
+    def measure(
+        self,
+        max_norm: float,
+        previous: torch.Tensor | None,
+        grad_scale: float | torch.Tensor,
+        dtype: torch.dtype,
+        is_weighted: Sequence[bool] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of the unscaled gradients, 0-d of ``dtype``, and the control (kernels/engine.py) that clips it."""
+
+    def control(self, coef: float, is_finite: bool) -> torch.Tensor:
+        """What gradients are multiplied with, and whether their norm is finite, on the device."""

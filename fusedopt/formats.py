@@ -48,8 +48,8 @@ class Format:
 
     @property
     def is_plain(self) -> bool:
-        """Whether memory holds ordinary numbers of a torch dtype, one per element."""
-        return self.per_aux == 0 and self.dtype.is_floating_point
+        """Whether memory holds ordinary numbers of a torch dtype, rounded to nearest."""
+        return self.per_aux == 0 and self.dtype.is_floating_point and not self.takes_random
 
     def num_aux(self, numel: int) -> int:
         """How many auxiliary values a tensor of ``numel`` stored elements has."""
@@ -76,7 +76,7 @@ FORMATS: dict[str, Format] = {
         _plain(torch.float16),
     )
 }
-_OF_DTYPE = {row.dtype: row for row in FORMATS.values() if row.is_plain}
+_OF_DTYPE = {row.dtype: row for row in FORMATS.values() if row.is_plain and not row.takes_random}
 
 
 def plain_format(dtype: torch.dtype) -> Format | None:

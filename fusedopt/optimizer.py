@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, overload
 
@@ -22,11 +23,11 @@ from fusedopt.options import (
     describe,
     taken,
 )
-from fusedopt.plan import NO_SOURCES
+from fusedopt.plan import NO_SOURCES, Plans, Request
 from fusedopt.record import StepRecord
 from fusedopt.rules import Rule, check_no_own, read_options
 from fusedopt.stalls import StallWatch
-from fusedopt.step import Planned, Plans, Request, defer_clip, step
+from fusedopt.step import Planned, defer_clip, step
 from fusedopt.types import Backend, Loss, Nonfinite, Params, Sparse
 
 
@@ -190,8 +191,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> Request:
         """The same for any rule, groups and states; between steps the plan is kept under its purpose."""
         whole, owner = self.defaults, f"{type(self).__name__}.{caller}"
-        arguments = (owner, rule, param_groups, state, whole.get("sparse") == "lazy", whole, sources)
-        return Request(self._plans, purpose, whole.get("backend"), arguments)
+        kept = self._plans, purpose, whole.get("backend")
+        return Request(*kept, owner, rule, param_groups, state, whole.get("sparse") == "lazy", whole, sources)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch; also drops a `clip_grad_norm_` that no step has used."""
@@ -284,13 +285,22 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch. Where every step clips, one more entry says so, for `load_state_dict` to compare: ``"fusedopt"``."""
-        result = super().state_dict()
-        for group, saved in zip(self.param_groups, result["param_groups"], strict=True):
+        held = self.state
+        decoded = {
+            param: states.decoded(self.rule, param, held[param])
+            for group in self.param_groups
+            for param in group["params"]
+            if isinstance(held.get(param), dict)
+        }
+        try:  # hooks and torch see decoded states only
+            if any(values is not held[param] for param, values in decoded.items()):
+                self.state = defaultdict(dict, {**held, **decoded})
+            result = super().state_dict()
+        finally:
+            self.state = held
+        for group in result["param_groups"]:
             for name in OPTIMIZER_OPTIONS:
-                saved.pop(name, None)  # if something filled groups from `defaults`
-            for param, index in zip(group["params"], saved["params"], strict=True):
-                if index in result["state"]:
-                    result["state"][index] = states.decoded(self.rule, param, result["state"][index])
+                group.pop(name, None)  # if something filled groups from `defaults`
         if self.max_grad_norm is not None:
             result["fusedopt"] = {"max_grad_norm": self.max_grad_norm}
         return result

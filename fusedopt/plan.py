@@ -10,18 +10,18 @@ import functools
 from collections.abc import Mapping
 from operator import is_
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fusedopt import backends, dtensor
 from fusedopt.backends import sparse
 from fusedopt.checks import PARAM_DTYPES, Checks
-from fusedopt.entry import Bucket, Entry, Mirror, Slot
+from fusedopt.entry import AsynchronousBucket, Bucket, Entry, Mirror, Slot
 from fusedopt.errors import UNCHANGED, fail, named_params
 from fusedopt.extension import _C
 from fusedopt.formats import plain_format
-from fusedopt.layout import have_same_strides, is_dense
+from fusedopt.layout import as_real, have_same_strides, is_dense
 from fusedopt.rules import Options, Rule, check_no_own, read_options, with_lr
 from fusedopt.states import States
 
@@ -118,39 +118,53 @@ def _but_for_lr(group: dict[str, Any], seen: Seen | None) -> Seen | None:
 # ---- the plan --------------------------------------------------------------------------------------------------
 
 
+class Plans:
+    """The plans that an optimizer keeps from step to step, by what they are for. One thread at a time may use them.
+
+    An object, so that wrappers of the optimizer which copy its attributes share it.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Plan] = {}
+        self.in_step: dict[int, int] = {}  # process -> the thread that is in a step
+
+
+class Request(NamedTuple):
+    """What a plan is wanted for."""
+
+    plans: Plans
+    purpose: str  # under which it is kept there
+    backend: str | None  # as of the optimizer
+    owner: str  # who plans, for error messages: ``AdamW.step``
+    rule: Rule
+    param_groups: ParamGroups
+    state: State
+    is_lazy: bool  # whether rows that a sparse gradient does not touch may stand still though the rule would move them
+    whole: Mapping[str, Any]  # the options of the whole optimizer
+    sources: Mapping[torch.Tensor, torch.Tensor]  # of parameters whose values an update reads from another tensor
+
+
 class Plan:
     """The parameters of an optimizer in buckets of one device and backend.
-
-    Args:
-        owner: who plans, for error messages: ``AdamW.step``.
-        is_lazy: whether rows that a sparse gradient does not touch may stand still though the rule would move them.
-        whole: the options of the whole optimizer.
-        sources: for parameters that an update reads elsewhere than where it writes them, where.
 
     Raises:
         ValueError, TypeError: naming the group whose options are wrong.
     """
 
-    def __init__(
-        self,
-        owner: str,
-        rule: Rule,
-        param_groups: ParamGroups,
-        state: State,
-        is_lazy: bool,
-        whole: Mapping[str, Any],
-        sources: Mapping[torch.Tensor, torch.Tensor],
-    ):
-        self.owner = owner
-        self.rule = rule
-        self.is_lazy = is_lazy
-        self.sources = sources
-        self._state = state
-        self.groups = Groups(rule, whole, len(param_groups))
-        self.groups.read(owner, param_groups)
+    def __init__(self, request: Request):
+        self.owner = request.owner
+        self.rule = request.rule
+        self.is_lazy = request.is_lazy
+        self.is_void = False  # it has been seen not to hold any more
+        self.sources = request.sources
+        self._state = request.state
+        self.groups = Groups(request.rule, request.whole, len(request.param_groups))
+        self.groups.read(request.owner, request.param_groups)
         self.buckets: list[Bucket] = []
         self.norm_groups: list[dtensor.NormGroup | None] = []  # of each bucket
-        self.asynchronous: Any = None  # the first bucket, if all compute coefficients by themselves, on one device
+        self.asynchronous: AsynchronousBucket | None = (
+            None  # the first bucket, if all compute coefficients by themselves, on one device
+        )
         self.mirrors: list[Mirror] = []
         self.of_fsdp1: Entry | None = None
         self.distributed: list[Entry] = []
@@ -269,6 +283,7 @@ class Plan:
             entry.is_strided = not all(tensor.is_contiguous() for tensor in tensors)
         else:
             tensors += [] if entry.grad is None else [entry.grad]
+            param, *tensors = map(as_real, (param, *tensors))  # some states hold complex numbers as pairs
             entry.is_strided = not all(is_dense(tensor) and have_same_strides(tensor, param) for tensor in tensors)
         checks.formats(entry, backend.__name__.rpartition(".")[2], backend.formats())
 

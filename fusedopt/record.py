@@ -9,6 +9,7 @@ import torch
 from torch.utils.weak import TensorWeakRef
 
 from fusedopt import dtensor
+from fusedopt.entry import AsynchronousBucket
 from fusedopt.errors import fail
 from fusedopt.plan import Plan
 from fusedopt.types import Nonfinite
@@ -30,7 +31,7 @@ class Control:
         coef, is_nonfinite = map(float, self.on_device)
         return Control(coef, is_nonfinite == 0)
 
-    def on(self, bucket: Any) -> torch.Tensor | None:
+    def on(self, bucket: AsynchronousBucket) -> torch.Tensor | None:
         """The same on the device of an asynchronous bucket; None if there is nothing to multiply with."""
         if self.on_device is not None:
             return self.on_device.to(bucket.device, non_blocking=True)

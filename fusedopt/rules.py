@@ -39,7 +39,7 @@ class Rule:
     num_sums: int = 0  # over each tensor, of what the rule measures before it updates any element
     norm_weight: str | None = None  # the option under which gradients are taken times their parameters for the norm
     extra: str | None = None  # a 0-d state beside the step count; starts at 1
-    own_options: Mapping[str, Any] = field(default_factory=dict)  # options torch has not, and what their absence means
+    own_options: Mapping[str, Any] = field(default_factory=dict)  # options that torch lacks, and their defaults
     takes_sparse: bool = False  # gradients, with sparse="lazy" at least
     still_without: tuple[str, ...] | None = None  # options; with all of them 0, an element of gradient 0 stands still
     cases: tuple[Mapping[str, Any], ...] = ()  # constructor arguments for tests: every option at least once

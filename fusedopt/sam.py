@@ -18,10 +18,10 @@ from fusedopt.errors import UNCHANGED
 from fusedopt.interrupts import uninterrupted
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import AdamW
-from fusedopt.plan import NO_SOURCES, Plan
+from fusedopt.plan import NO_SOURCES, Plan, Request
 from fusedopt.ranges import flag
 from fusedopt.rules import RULES, read_options
-from fusedopt.step import Planned, Request, fail_nonfinite, measured, measured_on_device, step, update
+from fusedopt.step import Planned, fail_nonfinite, measured, measured_on_device, step, update
 from fusedopt.types import Loss, Params
 
 

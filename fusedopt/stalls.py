@@ -86,7 +86,7 @@ class StallWatch:
             if has_stalled and param() is not None
         ]
         if stalled:
-            self.next_look, self.samples = math.inf, {}  # it has been said
+            self.next_look, self.samples = math.inf, {}  # one warning is enough
             answer, place, param = stalled[0]
             more = f" (and {len(stalled) - 1} more parameters)" if len(stalled) > 1 else ""
             warn(

@@ -17,7 +17,7 @@ from fusedopt import dtensor
 from fusedopt.checks import COUNT_DTYPES, Checks, count_problem
 from fusedopt.entry import Entry, Mirror, Slot, compute_dtype
 from fusedopt.errors import short_dtype
-from fusedopt.formats import Format, plain_format
+from fusedopt.formats import FORMATS, Format, plain_format
 from fusedopt.layout import as_real
 from fusedopt.ranges import is_elsewhere
 from fusedopt.rules import Rule, State
@@ -193,7 +193,21 @@ class States:
         param, format = entry.owner, format_of(self.rule, kept, entry.owner)
         shape = self.rule.state_shape(group, kept, param.shape)
         all_names = names_in(kept, format)
-        if any(known.get(name) is None for name in all_names):
+        missing = [name for name in all_names if known.get(name) is None]
+        others = [
+            name
+            for other in FORMATS.values()
+            for name in names_in(kept, other)
+            if name not in all_names and known.get(name) is not None
+        ]
+        if others:
+            reason = (
+                f"state {kept.name!r} is stored as {others[0]!r}, not as {all_names[0]!r}; load it from a state_dict()"
+            )
+            self.checks.fail(entry, (ValueError, reason))
+        if missing and len(missing) < len(all_names):
+            self.checks.fail(entry, (ValueError, f"state {missing[0]!r} is missing"))
+        if missing:
             made |= first(self.rule, group, kept, param)
             return [made[name] for name in all_names]
         stored, *aux = tensors = [known[name] for name in all_names]

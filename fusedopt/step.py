@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,7 +20,7 @@ from fusedopt.entry import Entry
 from fusedopt.errors import UNCHANGED, fail
 from fusedopt.interrupts import uninterrupted
 from fusedopt.options import check_max_grad_norm, check_nonfinite
-from fusedopt.plan import Plan
+from fusedopt.plan import Plan, Request
 from fusedopt.ranges import is_elsewhere, number
 from fusedopt.record import UNCLIPPED, Control, Pending, StepRecord
 from fusedopt.stalls import StallWatch
@@ -40,26 +40,6 @@ INFINITIES_OF_SHARD = (
 # ---- the plan --------------------------------------------------------------------------------------------------
 
 
-class Plans:
-    """The plans that an optimizer keeps from step to step, by what they are for. One thread at a time may use them.
-
-    An object, so that wrappers of the optimizer which copy its attributes share it.
-    """
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Plan] = {}
-        self.in_step: dict[int, int] = {}  # process -> the thread that is in a step
-
-
-class Request(NamedTuple):
-    """What a plan is wanted for."""
-
-    plans: Plans
-    purpose: str  # under which it is kept
-    backend: str | None  # as of the optimizer
-    arguments: tuple[Any, ...]  # of `Plan`
-
-
 class Planned:
     """A context in which a plan is validated, and holds the gradients there are now.
 
@@ -67,25 +47,26 @@ class Planned:
     """
 
     def __init__(self, request: Request):
-        self._plans, self._purpose, self._backend, self._arguments = request
+        self._request = request
         self._process, self._thread = os.getpid(), threading.get_ident()
         self._plan: Plan | None = None
 
     def __enter__(self) -> Plan:
-        owner, _, param_groups, state, is_lazy, _, sources = self._arguments
+        request = self._request
         try:
             # One operation, so that no thread can come between. By process, so that a fork during a step leaves the child
             # free; by thread, so that one that an interrupt threw out of its step can go on.
-            if self._plans.in_step.setdefault(self._process, self._thread) != self._thread:
-                raise RuntimeError(f"{owner}: another thread is in a step of the same optimizer; {UNCHANGED}")
-            plan = self._plan = self._plans.kept.get(self._purpose)
+            if request.plans.in_step.setdefault(self._process, self._thread) != self._thread:
+                raise RuntimeError(f"{request.owner}: another thread is in a step of the same optimizer; {UNCHANGED}")
+            plan = self._plan = request.plans.kept.get(request.purpose)
             if plan is not None:
-                plan.owner = owner
+                plan.owner = request.owner
             if (
                 plan is None
-                or plan.is_lazy != is_lazy
-                or plan.sources is not sources
-                or not plan.refresh(param_groups, state)
+                or plan.is_void
+                or plan.is_lazy != request.is_lazy
+                or plan.sources is not request.sources
+                or not plan.refresh(request.param_groups, request.state)
             ):
                 plan = self._planned_anew(plan)
             return plan
@@ -94,17 +75,17 @@ class Planned:
             raise
 
     def _planned_anew(self, before: Plan | None) -> Plan:
-        owner, _, param_groups, state, *_ = self._arguments
+        request = self._request
         if before is not None:
+            # Kept until another one is made: it knows step counts that are in no state.
+            before.is_void = True
             self._release()
-        self._plans.kept.pop(self._purpose, None)
-        plan = self._plan = Plan(*self._arguments)
-        plan.make(
-            param_groups, self._backend, before
-        )  # apart from its constructor: an interrupt finds the states it made
-        if not plan.refresh(param_groups, state):
-            raise RuntimeError(f"{owner}: parameters or gradients changed while they were read; {UNCHANGED}")
-        self._plans.kept[self._purpose] = plan
+        plan = self._plan = Plan(request)
+        # Apart from the constructor, so that an interrupt finds the states that it made.
+        plan.make(request.param_groups, request.backend, before)
+        if not plan.refresh(request.param_groups, request.state):
+            raise RuntimeError(f"{request.owner}: parameters or gradients changed while they were read; {UNCHANGED}")
+        request.plans.kept[request.purpose] = plan
         return plan
 
     def _release(self) -> None:
@@ -119,17 +100,17 @@ class Planned:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        plan, in_step = self._plan, self._plans.in_step
+        plan, plans = self._plan, self._request.plans
         try:
             if plan is not None:
                 try:
                     self._release()
                 finally:
                     if plan.states is not None and plan.states.fresh and plan.discard_unused_states():
-                        self._plans.kept.pop(self._purpose, None)
+                        plan.is_void = True
         finally:
-            if in_step.get(self._process) == self._thread:
-                del in_step[self._process]
+            if plans.in_step.get(self._process) == self._thread:
+                del plans.in_step[self._process]
 
 
 # ---- the step --------------------------------------------------------------------------------------------------
@@ -152,7 +133,7 @@ def step(
         grad_scale: what the loss was multiplied with, a number or a tensor of one element; the norm is that of the unscaled
             gradients. None: 1.
         found_inf: whether the caller has already seen a gradient that is not finite, a number or a tensor of one element.
-        before: called when everything is planned, before anything is written.
+        before: called when nothing is left that refuses the step, before anything is written.
 
     Returns:
         Whether there was an update; True as well where the device decides that.
@@ -163,9 +144,7 @@ def step(
         And as `Plan.make`. Then nothing has changed.
     """
     with Planned(request) as plan:
-        if before is not None:
-            before(plan)
-        is_updated = _step_planned(plan, record, whole, grad_scale, found_inf)
+        is_updated = _step_planned(plan, record, whole, grad_scale, found_inf, before)
         stalls.num_steps += 1
         # One step before a look too: a parameter that swings between two values is seen at both.
         if is_updated and stalls.num_steps >= stalls.next_look - 1:
@@ -173,7 +152,14 @@ def step(
     return is_updated
 
 
-def _step_planned(plan: Plan, record: StepRecord, whole: Mapping[str, Any], grad_scale: Any, found_inf: Any) -> bool:
+def _step_planned(
+    plan: Plan,
+    record: StepRecord,
+    whole: Mapping[str, Any],
+    grad_scale: Any,
+    found_inf: Any,
+    before: Callable[[Plan], None] | None,
+) -> bool:
     """The step from scale and found_inf on; see `step`."""
     limit, nonfinite = whole.get("max_grad_norm"), whole.get("nonfinite", "propagate")
     if (limit, nonfinite) != record.checked or type(limit) not in (float, NoneType):  # they may be set in every step
@@ -195,6 +181,8 @@ def _step_planned(plan: Plan, record: StepRecord, whole: Mapping[str, Any], grad
             if record.pending is None:
                 record.grad_norm = norm
         device_decides = dict(found_inf=found, skips_nonfinite=nonfinite == "skip", skipped=counter)
+        if before is not None:
+            before(plan)
         update(plan, 1.0, control=control, grad_scale=scale, **device_decides)
         record.pending = None  # only now: a step that fails must still clip when it is tried again
         return True
@@ -220,6 +208,8 @@ def _step_planned(plan: Plan, record: StepRecord, whole: Mapping[str, Any], grad
     if not is_finite and nonfinite == "skip":
         record.count_skip()
         return False
+    if before is not None:
+        before(plan)
     update(plan, coef)
     record.pending = None
     return True

@@ -23,7 +23,7 @@ from helpers import make_params, only_on, set_grads
 import fusedopt
 
 PACKAGE = os.path.dirname(fusedopt.__file__) + os.sep
-MAX_CALLS, MAX_CHANGES = 37, 12
+MAX_CALLS, MAX_CHANGES = 28, 12
 
 
 class Trace:

@@ -198,7 +198,7 @@ extern "C" __attribute__((visibility("default"))) int launch(int waiting, int* s
 @pytest.mark.parametrize("change, reason", [
     (("rule lion 1", "rule lion 2"), "it differs in the rule 'lion'"),
     (("format bfloat16 bfloat16 -", "format bfloat16 float16 -"), "it differs in the format 'bfloat16'"),
-    (("\nformat float16 float16 - 0 0", ""), "it has not the format 'float16'"),
+    (("\nformat float16 float16 - 0 0", ""), "it lacks the format 'float16'"),
     (("const double* control;", "double* control;const double* more;"), "the arguments of its update differ"),
     (("memory host\n", ""), "built from another version"),
 ])  # fmt: skip

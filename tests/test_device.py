@@ -530,7 +530,8 @@ def test_kernel_that_cannot_run_changes_nothing(monkeypatch, backend):
     optimizer.step()
 
 
-def test_first_step_that_the_device_skips_does_not_count(monkeypatch, backend):
+@pytest.mark.parametrize("is_refused", [False, True], ids=["", "a refused step between"])
+def test_first_step_that_the_device_skips_does_not_count(is_refused, monkeypatch, backend):
     """SGD starts its buffer at the first gradient, undamped, also if a new plan is made after the skipped step."""
     param, later = make_params(((5,), (3,)))
     optimizer = fusedopt.SGD([param], lr=1.0, momentum=0.9, dampening=0.5, nonfinite="skip", backend=backend)
@@ -538,6 +539,10 @@ def test_first_step_that_the_device_skips_does_not_count(monkeypatch, backend):
     param.grad = torch.full((5,), torch.nan)
     optimizer.step()
     optimizer.add_param_group({"params": [later]})
+    if is_refused:
+        later.grad = torch.ones(3).to_sparse()
+        with pytest.raises(RuntimeError, match="gradient is sparse"):
+            optimizer.step()
     set_grads([param, later], 0)
     optimizer.step()
     assert torch.equal(optimizer.state[param]["momentum_buffer"], param.grad)

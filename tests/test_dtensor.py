@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
 from pathlib import Path
 
 import pytest
@@ -601,7 +602,7 @@ def a_first_gradient_that_comes_late_is_noticed(rank):
 
 @check
 def a_step_plans_only_once_and_leaves_no_trace(rank):
-    """Parts have gradients during the step alone; both counts by which autograd sees writing go up."""
+    """The optimizer holds gradients during the step alone; both counts by which autograd sees writing go up."""
     mesh = init_device_mesh("cpu", (WORLD,))
     for backend in USABLE:
         params = [placed(randn((6, 3), seed=i), Shard(0), mesh=mesh) for i in range(2)]
@@ -611,12 +612,15 @@ def a_step_plans_only_once_and_leaves_no_trace(rank):
             for param in params:
                 set_grad(param, randn((6, 3), seed=step))
             counts = [(param._version, param._local_tensor._version) for param in params]
+            grads = [weakref.ref(param.grad._local_tensor) for param in params]
             optimizer.step()
             assert plan is None or optimizer._plans.kept.get("step") is plan or backend == "reference"
             plan = optimizer._plans.kept["step"]
             for param, (whole, part) in zip(params, counts, strict=True):
                 assert param._version > whole and param._local_tensor._version > part
                 assert param._local_tensor.grad is None and param.grad is not None
+            optimizer.zero_grad()
+            assert not any(grad() is not None for grad in grads)
 
 
 @check

@@ -32,7 +32,7 @@ import fusedopt
 from fusedopt import states
 from fusedopt.errors import UNCHANGED
 from fusedopt.extension import _C
-from fusedopt.formats import Format, plain_format
+from fusedopt.formats import FORMATS, Format, plain_format
 from fusedopt.ranges import RANGES
 
 pytestmark = pytest.mark.usefixtures("on_backend")
@@ -1055,29 +1055,41 @@ def stored_in(format, kept, param):
 @pytest.mark.parametrize("is_strided", [False, True])
 def test_cpp_table_takes_the_formats_that_it_has_loops_for_and_no_others(is_strided):
     """The last guard, behind those that name the parameter: a step works, or the table refuses the tensors."""
+
+    def slot(number, format):
+        codes, aux = format.encode(
+            torch.full((4,), number, dtype=format.compute_dtype), torch.zeros(4, dtype=torch.int64)
+        )
+        tensor = torch.zeros((4, 1 + is_strided), dtype=format.dtype)[:, 0].copy_(codes)
+        return tensor, _C.formats[format.name][0], aux
+
     num_steps = 0
-    for names in itertools.product(_C.formats, repeat=4):
-        is_double = [name == "float64" for name in names]
-        numbers = zip((3.0, 1.0, 1.0, 2.0), names, strict=True)
-        tensors = [
-            torch.full((4, 1 + is_strided), number, dtype=getattr(torch, name))[:, 0] for number, name in numbers
-        ]
-        _, param, state, grad = tensors
-        slots = [(tensor, _C.formats[name][0], None) for tensor, name in zip(tensors[:3], names, strict=False)]
-        table, count = _C.Bucket(True), torch.zeros(())
-        arguments = (param, grad, slots, [count], _C.rules["lion"][0], 0, 0, is_strided, True)
-        if is_double[1] != is_double[2] or is_double[1] < max(is_double[0], is_double[3]):
-            with pytest.raises(TypeError, match="a format does not fit the type that is computed in"):
-                table.add(*arguments)
-            continue
-        table.add(*arguments)
-        table.finish()
-        assert table.refresh(1, False, [grad])
-        table.update([[0.5, 0.0, 0.5, 0.0]], [1.0], 1, lambda written: None, [])
-        values = {name: tensor.tolist() for name, tensor in (("param", param), ("state", state), ("count", count))}
-        assert values == {"param": [2.5] * 4, "state": [1.5] * 4, "count": 1.0}, names
-        num_steps += 1
-    assert num_steps == 4 * 1 * 4 + 3 * 3 * 3 * 3  # source, state and gradient of a float64 parameter; of narrower ones
+    for source, param, state in itertools.product(FORMATS.values(), repeat=3):
+        for grad_dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            slots = [slot(3.0, source), slot(1.0, param), slot(1.0, state)]
+            grad = torch.full((4, 1 + is_strided), 2.0, dtype=grad_dtype)[:, 0]
+            table, count = _C.Bucket(True), torch.zeros(())
+            arguments = (slots[1][0], grad, slots, [count], _C.rules["lion"][0], 0, 0, is_strided, True)
+            has_loops = param.compute_dtype == state.compute_dtype and (
+                param.compute_dtype == torch.float64 or torch.float64 not in (source.compute_dtype, grad_dtype)
+            )
+            has_order = not is_strided or not any(
+                format.per_aux or format.takes_random for format in (source, param, state)
+            )
+            if not has_loops or not has_order:
+                with pytest.raises(TypeError, match=r"a format (does not fit the type|needs elements in memory order)"):
+                    table.add(*arguments)
+                continue
+            table.add(*arguments)
+            table.finish()
+            assert table.refresh(1, False, [grad])
+            table.update([[0.5, 0.0, 0.5, 0.0]], [1.0], 1, lambda written: None, [])
+            for (stored, _, aux), format, expected in zip(slots[1:], (param, state), (2.5, 1.5), strict=True):
+                values = format.decode(stored.contiguous(), aux)
+                torch.testing.assert_close(values, torch.full_like(values, expected), rtol=1e-2, atol=0)
+            assert count == 1
+            num_steps += 1
+    assert num_steps >= 4 * 4 + 3 * 3 * 3 * 3  # source and gradient of a float64 parameter; all four of narrower ones
 
 
 @only_on("cpu", "it has the tables")

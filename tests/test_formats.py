@@ -144,9 +144,10 @@ def test_states_in_16_bits_are_the_references(spec, state_dtype, on_backend, sto
 
 
 @only_on("reference", "the others have no such codec")
-def test_split_states_are_those_of_float32(stored_as):
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.complex64])
+def test_split_states_are_those_of_float32(stored_as, param_dtype):
     """A format with an auxiliary value for each element: it loses nothing, so that results stay the same."""
-    params, plain_params = make_params(SHAPES), make_params(SHAPES)
+    params, plain_params = make_params(SHAPES, param_dtype), make_params(SHAPES, param_dtype)
     plain = fusedopt.AdamW(plain_params)
     train(plain, plain_params, 3)
     stored_as(SPLIT)
@@ -170,20 +171,59 @@ def test_split_states_are_those_of_float32(stored_as):
 
 
 @only_on("reference", "the others have no such codec")
-def test_auxiliary_values_that_do_not_fit_are_refused_and_missing_ones_start_anew(stored_as):
-    stored_as(SPLIT)
+def test_state_that_is_not_stored_as_its_format_says_is_refused(stored_as):
+    """Moments that started anew, with a step count that goes on, would be silently wrong."""
+    params = make_params(SHAPES)
+    optimizer = fusedopt.AdamW(params)
+    message = r"\['params'\]\[1\].*state 'exp_avg.split.aux' "
     with known(SPLIT):
-        params = make_params(SHAPES)
-        optimizer = fusedopt.AdamW(params)
+        stored_as(SPLIT)
         train(optimizer, params, 1)
-        optimizer.state[params[1]]["exp_avg.split.aux"] = torch.zeros(3, dtype=torch.int16)
         set_grads(params, 1)
-        message = r"\['params'\]\[1\].*state 'exp_avg.split.aux' does not hold 1021 values of int16"
+        aux = optimizer.state[params[1]].pop("exp_avg.split.aux")
+        with nothing_changes(optimizer), pytest.raises(ValueError, match=message + "is missing"):
+            optimizer.step()
+        optimizer.state[params[1]]["exp_avg.split.aux"] = torch.zeros(3, dtype=torch.int16)
+        with (
+            nothing_changes(optimizer),
+            pytest.raises(ValueError, match=message + "does not hold 1021 values of int16"),
+        ):
+            optimizer.step()
+        optimizer.state[params[1]]["exp_avg.split.aux"] = aux
+        optimizer.step()
+        stored_as(plain_format(torch.float32))
+        set_grads(params, 2)
+        message = r"\['params'\]\[0\].*state 'exp_avg' is stored as 'exp_avg.split', not as 'exp_avg'"
         with nothing_changes(optimizer), pytest.raises(ValueError, match=message):
             optimizer.step()
-        del optimizer.state[params[1]]["exp_avg.split.aux"]
+
+
+def bfloat16_at_random(values, random):
+    """Rounded up with a probability that is the part left over."""
+    if random is None:
+        return values.bfloat16(), None
+    bits = values.view(torch.int32).long() + (random & 0xFFFF)
+    return (bits >> 16 << 16).to(torch.int32).view(torch.float32).bfloat16(), None
+
+
+RANDOM16 = Format(
+    "bfloat16_random", torch.bfloat16, lambda stored, aux: stored.float(), bfloat16_at_random, takes_random=True
+)
+
+
+@only_on("reference", "the others have no such codec")
+def test_format_that_rounds_at_random_is_not_taken_for_the_dtype_it_stores(stored_as):
+    """Parameters and gradients of that dtype stay what they are, and the mean of what is stored is the value."""
+    with known(RANDOM16):
+        assert plain_format(torch.bfloat16).name == "bfloat16"
+        stored_as(RANDOM16)
+        param = torch.nn.Parameter(torch.zeros(100_000))
+        optimizer = fusedopt.Lion([param], betas=(0.9, 0.0))  # the state is the gradient
+        param.grad = torch.full_like(param, 1.001)
         optimizer.step()
-        assert optimizer.state[params[1]]["exp_avg.split.aux"].shape == (1021,)
+        stored = optimizer.state[param]["exp_avg.bfloat16_random"]
+        assert stored.dtype == torch.bfloat16 and sorted(stored.unique().tolist()) == [1.0, 1.0078125]
+        assert abs(float(stored.double().mean()) - 1.001) < 5e-5
 
 
 @pytest.mark.parametrize("load", [torch.optim.AdamW, fusedopt.AdamW], ids=["torch", "fusedopt"])

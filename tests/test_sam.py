@@ -391,6 +391,23 @@ def test_refused_second_step_may_be_tried_again_or_given_up(has_all, on_backend)
         assert_same_bits(params, others if goes_on else before)
 
 
+@pytest.mark.parametrize("has_all", [True, False], ids=["all gradients", "a gradient less"])
+def test_second_gradient_that_is_refused_leaves_the_weights_at_the_ascent(has_all, on_backend):
+    """Also where only the norm shows it, which is taken when everything is planned."""
+    params = make_params()
+    before = [param.detach().clone() for param in params]
+    optimizer = fusedopt.SAM(params, rho=0.5, lr=0.1, nonfinite="error")
+    closure_of(optimizer, params, 0)()
+    optimizer.first_step()
+    closure_of(optimizer, params, 1)()
+    params[0].grad = params[0].grad if has_all else None
+    params[1].grad.view(-1)[0] = float("nan")
+    with nothing_changes(optimizer), pytest.raises(RuntimeError, match=r"\['params'\]\[1\].*gradient holds NaN"):
+        optimizer.second_step()
+    optimizer.restore()
+    assert_same_bits(params, before)
+
+
 @pytest.mark.parametrize("when", [1, 2], ids=["in the ascent", "in the step"])
 def test_interrupt_divides_no_step(when, monkeypatch):
     """Ctrl-C while memory is written: the step is done, or nothing is."""

@@ -316,6 +316,29 @@ def test_state_dict_hooks_run(spec):
     assert order == ["pre", "post"]
 
 
+@pytest.mark.parametrize("left_out", ["state", "param_groups", "params", "some params"])
+def test_state_dict_hook_may_leave_out_anything(left_out):
+    """As some do with the states of frozen parameters."""
+    params = make_params()
+    optimizer = fusedopt.AdamW(params)
+    train(optimizer, params, 1)
+
+    def post(opt, state_dict):
+        if left_out == "some params":
+            state_dict["param_groups"][0]["params"] = state_dict["param_groups"][0]["params"][1:]
+        elif left_out == "params":
+            del state_dict["param_groups"][0]["params"]
+        elif left_out == "state":
+            del state_dict["state"]
+        else:
+            state_dict["param_groups"] = []
+
+    optimizer.register_state_dict_post_hook(post)
+    saved = optimizer.state_dict()
+    if left_out != "state":
+        assert_same_bits([saved["state"][1]["exp_avg"]], [optimizer.state[params[1]]["exp_avg"]])
+
+
 # ---- the same run as torch.optim, whatever happens on the way ----------------------------------------------------
 # Each scenario drives one optimizer that `make` builds; ours and its peer must come out with the same parameters,
 # states and step counts. In float64, so that a wrong option is far above rounding.

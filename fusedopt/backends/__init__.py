@@ -9,7 +9,7 @@ memory. `formats()`: the names of the storage formats that it has codecs for.
 that nobody waits for it: `measure()`, more arguments of `prepare()`, `has_launched` (see device.py).
 
 A backend that can update single rows where they are has `Rows(touched)` too: made for one step, with what sparse gradients
-touch (fusedopt/sparse.py), it offers `grad_norm`, `first_nonfinite` (an index into ``touched``) and `prepare` as a bucket does.
+touch (sparse.py), it offers `grad_norm`, `first_nonfinite` (an index into ``touched``) and `prepare` as a bucket does.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def explain(device: torch.device) -> tuple[str, dict[str, str]]:
 def warn_of_fallback(device_type: str) -> None:
     """Once per kind of device: says so if "auto" picks the reference where a faster backend is made for such tensors.
 
-    When an optimizer is made, not at import: whoever never steps on such a device, or chose a backend, has nothing to know.
-    And not at the first step: before it, nothing slow has happened yet, and the warning shows the user's own line.
+    The warning comes when an optimizer is made. At import it would also reach users who never step on such a device, or who
+    chose a backend. At the first step it would not point to the line that made the optimizer.
     """
     device = torch.device(device_type)
     picked, passed_over = explain(device)

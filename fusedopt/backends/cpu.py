@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fusedopt.backends.sparse import Touched
-from fusedopt.backends.watch import handed, slots_of, table_of
+from fusedopt.backends.watch import described, handed, table_of
 from fusedopt.entry import Entry
 from fusedopt.extension import _C, problem
 from fusedopt.rules import Rule
@@ -80,18 +80,7 @@ class Rows:
         self._touched = touched  # the table has their addresses
         self._table = _C.Bucket(True)
         for part in touched:
-            entry = part.entry
-            self._table.add_rows(
-                entry.param.tensor,
-                part.keys,
-                part.values,
-                slots_of(entry),
-                [slot.tensor for slot in entry.scalars],
-                _C.rules[entry.variant][0],
-                entry.group,
-                entry.seed,
-                entry.is_strided,
-            )
+            self._table.add_rows(part.entry.param.tensor, part.keys, part.values, *described(part.entry))
         self._table.finish()
 
     def grad_norm(self, is_weighted: Sequence[bool]) -> float:

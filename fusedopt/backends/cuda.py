@@ -88,7 +88,7 @@ class Library:
         indices = {name: index for index, (name, *_) in enumerate(rows) if name in FORMATS}
         missing = {name for name, known in FORMATS.items() if known.is_plain} - indices.keys()
         if missing:
-            raise RuntimeError(f"it has not the format {min(missing)!r}")
+            raise RuntimeError(f"it lacks the format {min(missing)!r}")
         return indices
 
     def call(self, name: str, *arguments: Any) -> None:

@@ -67,7 +67,7 @@ def touched_by(entry: Entry, grad: torch.Tensor) -> Touched:
 
 
 class Bucket:
-    """Entries on one device whose gradients are sparse; the interface is that of a backend's (backends/__init__.py).
+    """Entries on one device whose gradients are sparse; the interface is `fusedopt.entry.Bucket`.
 
     Args:
         backend: who updates the rows: by its `Rows` where it has that, else staged.

@@ -29,13 +29,15 @@ def use_torch() -> bool:
 reads_by_abi = _C is not None and use_torch()
 
 
-def slots_of(entry: Entry) -> list[tuple[torch.Tensor, int, torch.Tensor | None] | None]:
-    """The entry's slots as a table takes them."""
+def described(entry: Entry) -> tuple[Any, ...]:
+    """What a table takes of an entry beside its parameter and gradient."""
 
-    def described(slot: Slot | None) -> Any:
-        return None if slot is None else (slot.tensor, _C.formats[slot.format.name][0], slot.aux)
+    def slot(of: Slot | None) -> Any:
+        return None if of is None else (of.tensor, _C.formats[of.format.name][0], of.aux)
 
-    return [described(slot) for slot in entry.slots]
+    scalars = [scalar.tensor for scalar in entry.scalars]
+    rule = _C.rules[entry.variant][0]
+    return [*map(slot, entry.slots)], scalars, rule, entry.group, entry.seed, entry.is_strided
 
 
 def table_of(entries: Sequence[Entry], is_host: bool) -> _C.Bucket:
@@ -45,17 +47,7 @@ def table_of(entries: Sequence[Entry], is_host: bool) -> _C.Bucket:
         if entry.is_idle:
             table.add_idle(entry.owner)  # a DTensor's first gradient arrives there, not at its local tensor
             continue
-        table.add(
-            entry.param.tensor,
-            entry.grad,
-            slots_of(entry),
-            [slot.tensor for slot in entry.scalars],
-            _C.rules[entry.variant][0],
-            entry.group,
-            entry.seed,
-            entry.is_strided,
-            entry.is_grad_handed,
-        )
+        table.add(entry.param.tensor, entry.grad, *described(entry), entry.is_grad_handed)
     table.finish()
     return table
 
