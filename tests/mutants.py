@@ -865,13 +865,6 @@ MUTANTS = [
             "test_device.py::test_neighbours_have_states_in_formats_of_their_own[cuda]",
         ),
         (
-            "CUDA: formats of the first entry for all",
-            "fusedopt",
-            "names = [tables.grad_format(entry).name, *(slot.format.name for slot in stored)]",
-            "names = [tables.grad_format(entry).name, *(slot.format.name for slot in (*entries[0].slots, *entry.scalars))]",
-            "test_device.py::test_neighbours_have_states_in_formats_of_their_own[cuda]",
-        ),
-        (
             "Triton: states of other formats in one table",
             "fusedopt",
             "return entry.variant, tables.grad_format(entry).name, *stored",
