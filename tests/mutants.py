@@ -804,8 +804,8 @@ MUTANTS = [
         (
             "CUDA: scalars read before they are there",
             "csrc",
-            "random_key(args.seeds[index], uint32_t(key.step));\n        }\n        __syncthreads();",
-            "random_key(args.seeds[index], uint32_t(key.step));\n        }",
+            "        entry.read(column);\n",
+            "        entry.read(column);\n        __syncthreads();\n#define __syncthreads()  // the next one left out\n",
             CUDA,
         ),
         (
@@ -858,17 +858,10 @@ MUTANTS = [
             "test_device.py::test_kernels_take_every_dtype[cuda-AdamW(weight_decay=0.125)-bfloat16-float32]",
         ),
         (
-            "CUDA: every state taken for what is computed in",
+            "CUDA: states decoded in the format of the first",
             "csrc",
-            " || slots[first_state_slot + state].format == direct));",
-            " || state >= 0));",
-            "test_device.py::test_neighbours_have_states_in_formats_of_their_own[cuda]",
-        ),
-        (
-            "CUDA: formats of the first entry for all",
-            "fusedopt",
-            "names = [tables.grad_format(entry).name, *(slot.format.name for slot in stored)]",
-            "names = [tables.grad_format(entry).name, *(slot.format.name for slot in (*entries[0].slots, *entry.scalars))]",
+            "states[state].decode(stretch, part, state_slot(state), state_values[state])",
+            "states[state].decode(stretch, part, state_slot(0), state_values[state])",
             "test_device.py::test_neighbours_have_states_in_formats_of_their_own[cuda]",
         ),
         (
